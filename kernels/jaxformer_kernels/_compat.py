@@ -1,0 +1,29 @@
+"""The one place that knows jax versions (0.10.2, 0.11.2 and 0.12.0.1)."""
+
+import jax
+from jax import lax
+
+
+def varying_axes(array) -> frozenset[str]:
+    """The mesh axes over which `array` differs between devices, inside `jax.shard_map`."""
+    return frozenset(getattr(jax.typeof(array), "vma", frozenset()))
+
+
+def vary(tree, axes: frozenset[str]):
+    """Mark every array of `tree` as varying over `axes` (identity outside `jax.shard_map`).
+
+    A custom backward pass and a loop carry must agree on this; the transpose of the cast is the
+    sum over the axes, so the gradient of a replicated operand comes out right.
+    """
+
+    def cast(array):
+        missing = tuple(sorted(axes - varying_axes(array)))
+        return lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(cast, tree) if axes else tree
+
+
+def vary_alike(*trees):
+    """Cast all arrays of `trees` to vary over the union of the axes any of them varies over."""
+    axes = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(trees)))
+    return tuple(vary(tree, axes) for tree in trees)
