@@ -1,0 +1,58 @@
+"""A decoder-only language model."""
+
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxformer.config import ModelConfig
+from jaxformer.models.transformer import Output, Transformer, make_embedding
+from jaxformer.nn import Cache
+from jaxformer.nn.precision import activation_dtype
+
+
+class DecoderLM(nnx.Module):
+    """Predicts each token from those before it (Radford et al., 2018; Touvron et al., 2023)."""
+
+    def __init__(self, config: ModelConfig, *, vocabulary: int, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = make_embedding(config, vocabulary, rngs)
+        self.decoder = Transformer(
+            config, layers=config.layers, causal=True, cross=False, rngs=rngs
+        )
+        self.output = Output(config, vocabulary, rngs)
+
+    def __call__(
+        self,
+        inputs: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token at every place, float32.
+
+        Tokens attend to earlier tokens of their own segment. `key` turns dropout on.
+        """
+        x = self.decoder(
+            self.embedding(inputs), segment_ids=segment_ids, positions=positions, key=key
+        )
+        return self.output(x, self.embedding)
+
+    def init_cache(self, length: int, start: Int[Array, " B"]) -> Cache:
+        """An empty cache of `length` slots; row b's first token will stand in slot `start[b]`."""
+        config = self.config
+        return Cache.empty(
+            layers=config.layers,
+            batch=start.shape[0],
+            length=length,
+            kv_heads=config.kv_heads or config.heads,
+            head_dim=config.head_dim or config.width // config.heads,
+            dtype=activation_dtype(config.compute_dtype),
+            start=start,
+        )
+
+    def extend(
+        self, tokens: Int[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B T V"], Cache]:
+        """Logits after each of the next tokens, and the cache that holds them too."""
+        x, cache = self.decoder.extend(self.embedding(tokens), cache)
+        return self.output(x, self.embedding), cache

@@ -1,0 +1,108 @@
+"""Multi-head attention: projections around the attention kernel."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxformer_kernels import Dropout, Mask, attention
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxformer.config import ModelConfig
+from jaxformer.nn.cache import Cache
+from jaxformer.nn.linear import Linear
+from jaxformer.nn.norm import RMSNorm
+from jaxformer.nn.position import rotary
+
+
+class Attention(nnx.Module):
+    """Attention of Vaswani et al. (2017), with grouped key-value heads (Ainslie et al., 2023).
+
+    Optional: rotary positions, normalised queries and keys (Dehghani et al., 2023), a soft cap on
+    the scores, dropout of the weights. What may be attended to is the mask's matter alone.
+    """
+
+    def __init__(self, config: ModelConfig, *, scale: float = 1.0, rngs: nnx.Rngs):
+        self.config = config
+        head_dim = config.head_dim or config.width // config.heads
+        width = {"D": config.width}
+        query_axes = {"N": config.heads, "H": head_dim}
+        key_axes = {"K": config.kv_heads or config.heads, "H": head_dim}
+        options = dict(
+            bias=config.bias,
+            rngs=rngs,
+            param_dtype=config.param_dtype,
+            compute_dtype=config.compute_dtype,
+        )
+        self.query = Linear(width, query_axes, **options)
+        self.key = Linear(width, key_axes, **options)
+        self.value = Linear(width, key_axes, **options)
+        self.out = Linear(query_axes, width, scale=scale, **options)
+        norms = dict(epsilon=config.norm_epsilon, param_dtype=config.param_dtype, rngs=rngs)
+        self.query_norm = RMSNorm({"H": head_dim}, **norms) if config.qk_norm else None
+        self.key_norm = RMSNorm({"H": head_dim}, **norms) if config.qk_norm else None
+
+    def keys_values(
+        self, source: Float[Array, "B S D"], positions: Int[Array, "B S"] | None = None
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Keys and values of a source; rotated to `positions` where those are given."""
+        keys = self.key(source)
+        if self.key_norm is not None:
+            keys = self.key_norm(keys)
+        if positions is not None:
+            keys = rotary(keys, positions, self.config.rotary_base)
+        return keys, self.value(source)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        keys_values: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]],
+        *,
+        mask: Mask,
+        bias: Float[Array, "#B #N #T #S"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Attends from x to keys and values; queries are rotated to `positions` where given."""
+        config = self.config
+        queries = self.query(x)
+        if self.query_norm is not None:
+            queries = self.query_norm(queries)
+        if positions is not None:
+            queries = rotary(queries, positions, config.rotary_base)
+        operands = (array.astype(config.compute_dtype) for array in (queries, *keys_values))
+        dropped = (
+            Dropout(config.attention_dropout, key)
+            if key is not None and config.attention_dropout
+            else None
+        )
+        mixed = attention(
+            *operands,
+            bias=bias,
+            mask=mask,
+            softcap=config.attention_softcap,
+            scale=config.attention_scale,
+            dropout=dropped,
+            implementation=config.attention,
+        )
+        return self.out(mixed)
+
+
+def self_attention(
+    module: Attention,
+    x: Float[Array, "B T D"],
+    *,
+    mask: Mask,
+    bias: Array | None,
+    positions: Int[Array, "B T"] | None,
+    key: PRNGKeyArray | None,
+    cache: Cache | None,
+    layer: Int[Array, ""] | int,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """Attention of x to itself and, with a cache, to what came before it.
+
+    Returns the output and the cache with x's keys and values written into `layer`.
+    """
+    keys, values = module.keys_values(x, positions)
+    if cache is not None:
+        cache = cache.write(layer, keys, values)
+        keys, values = jnp.take(cache.keys, layer, axis=0), jnp.take(cache.values, layer, axis=0)
+    y = module(x, (keys, values), mask=mask, bias=bias, positions=positions, key=key)
+    return y, cache

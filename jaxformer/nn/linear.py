@@ -1,0 +1,84 @@
+"""Linear maps over named axes, computed as one two-dimensional product."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxformer.nn.parameters import fan_in_normal, parameter
+from jaxformer.nn.precision import activation_dtype
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(
+    x: Float[Array, "rows inner"], w: Float[Array, "inner columns"], dtype: str
+) -> Float[Array, "rows columns"]:
+    """x @ w with operands in `dtype` and sums in float32, in both passes.
+
+    The result has the dtype of x. Without a rule of its own the backward pass would multiply a
+    float32 cotangent by a narrow operand, which no matrix unit does.
+    """
+    return _product(x, w, dtype, contract=(1, 0)).astype(x.dtype)
+
+
+def _product(a, b, dtype: str, contract: tuple[int, int]) -> Array:
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    a, b = a.astype(dtype), b.astype(dtype)
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(x, w, dtype):
+    return matmul(x, w, dtype), (x, w)
+
+
+def _matmul_backward(dtype, saved, cotangent):
+    x, w = saved
+    dx = _product(cotangent, w, dtype, contract=(1, 1))
+    dw = _product(x, cotangent, dtype, contract=(0, 0))
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+class Linear(nnx.Module):
+    """y = x W + b, from trailing axes `inputs` to trailing axes `outputs`.
+
+    `Linear({"D": 256}, {"N": 4, "H": 64}, ...)` maps [..., 256] to [..., 4, 64]; its kernel is
+    [D, N, H] and its bias [N, H].
+    """
+
+    def __init__(
+        self,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        *,
+        bias: bool,
+        rngs: nnx.Rngs,
+        scale: float = 1.0,
+        param_dtype: str = "float32",
+        compute_dtype: str = "float32",
+    ):
+        self.inputs = tuple(inputs.values())
+        self.outputs = tuple(outputs.values())
+        self.compute_dtype = compute_dtype
+        initializer = fan_in_normal(math.prod(self.inputs), scale)
+        self.kernel = parameter(initializer, inputs | outputs, rngs=rngs, dtype=param_dtype)
+        self.bias = (
+            parameter(jax.nn.initializers.zeros, outputs, rngs=rngs, dtype=param_dtype)
+            if bias
+            else None
+        )
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        batch = x.shape[: x.ndim - len(self.inputs)]
+        # One 2-D product: on CPU a batched product of the same sizes runs far slower.
+        rows = x.reshape(-1, math.prod(self.inputs)).astype(activation_dtype(self.compute_dtype))
+        kernel = self.kernel[...].reshape(rows.shape[1], -1)
+        y = matmul(rows, kernel, self.compute_dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].reshape(-1).astype(y.dtype)
+        return y.reshape(*batch, *self.outputs)
