@@ -1,0 +1,243 @@
+"""A corpus as token ids: flat arrays with offsets, checked for length, counted for the report."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxformer.config import DataConfig
+from jaxformer.data.corpus import (
+    SPLITS,
+    Corpus,
+    Document,
+    Example,
+    PairCorpus,
+    Report,
+    TextCorpus,
+    require_filled,
+)
+from jaxformer.data.lengths import Shape, choose_shapes, cover, padding_share
+from jaxformer.data.splits import wanted_splits
+from jaxformer.data.tokenizers import EOS, PAD, SOS, UNK, Tokenizer, Tokenizers
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Sequences of differing length in one array: sequence i is tokens[offsets[i]:offsets[i+1]]."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def build(cls, sequences: Iterable[np.ndarray], vocabulary: int) -> "Ragged":
+        """Joins sequences, in two bytes a token where the vocabulary allows it."""
+        arrays = list(sequences)
+        offsets = np.zeros(len(arrays) + 1, np.int64)
+        np.cumsum([len(array) for array in arrays], out=offsets[1:])
+        tokens = np.empty(offsets[-1], np.uint16 if vocabulary <= 2**16 else np.int32)
+        for start, array in zip(offsets, arrays, strict=False):
+            tokens[start : start + len(array)] = array
+        return cls(tokens, offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64[len(self)]."""
+        return np.diff(self.offsets)
+
+    def gather(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sequences `rows` side by side; a row of -1 is empty.
+
+        Returns ids int32[len(rows), width], padded with 0, and where they are real, bool of the
+        same shape.
+        """
+        present = rows >= 0
+        safe = np.where(present, rows, 0)
+        starts = self.offsets[safe]
+        lengths = np.where(present, self.offsets[safe + 1] - starts, 0)
+        columns = np.arange(width)
+        real = columns < lengths[:, None]
+        places = np.where(real, starts[:, None] + columns, 0)
+        return np.where(real, self.tokens[places], PAD).astype(np.int32), real
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The documents of a split, end to end, each behind one sos.
+
+    `documents` holds sos + text a document; `bytes` is the UTF-8 size of the texts, which turns a
+    loss into bits per byte.
+    """
+
+    documents: Ragged
+    names: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Encoded documents by split."""
+
+    splits: dict[str, Stream]
+    report: Report
+
+
+@dataclass(frozen=True)
+class PairSplit:
+    """The pairs of a split, one item a (source, reference).
+
+    `sources` has one sequence an example and `targets` one an item, each ending in eos;
+    `item_example[item]` is the item's example in `examples`. `shapes` are the (S, T) of batches.
+    """
+
+    examples: tuple[Example, ...]
+    sources: Ragged
+    targets: Ragged
+    item_example: np.ndarray
+    shapes: tuple[Shape, ...] = field(default=())
+
+    @property
+    def item_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Source and target length of every item, eos included, int64[items] each."""
+        return self.sources.lengths[self.item_example], self.targets.lengths
+
+
+@dataclass(frozen=True)
+class PairData:
+    """Encoded pairs by split."""
+
+    splits: dict[str, PairSplit]
+    report: Report
+
+
+Data = TextData | PairData
+
+
+def encode_corpus(corpus: Corpus, tokenizers: Tokenizers, config: DataConfig) -> Data:
+    """Turns a corpus into ids and completes its report (tokens, unknown tokens, padding).
+
+    Raises DataError on a source or target that is longer than the model takes, on one without any
+    token, and if nothing of a split remains.
+    """
+    if isinstance(corpus, TextCorpus):
+        return _encode_text(corpus, tokenizers.target)
+    if tokenizers.source is None:
+        raise ValueError("pairs need a source tokenizer")
+    return _encode_pairs(corpus, tokenizers.source, tokenizers.target, config)
+
+
+def _encode_text(corpus: TextCorpus, tokenizer: Tokenizer) -> TextData:
+    report = corpus.report.copy()
+    splits = {}
+    for split in SPLITS:
+        documents = corpus.splits[split]
+        splits[split] = stream = _stream(documents, tokenizer)
+        report.count(split, "tokens", len(stream.documents.tokens))
+        if split != "train":
+            report.count(split, "unknown tokens", (stream.documents.tokens == UNK).sum())
+    return TextData(splits, report)
+
+
+def _stream(documents: tuple[Document, ...], tokenizer: Tokenizer) -> Stream:
+    sequences = (
+        np.concatenate([np.array([SOS], np.int32), tokenizer.encode_array(document.text)])
+        for document in documents
+    )
+    size = sum(len(document.text.encode("utf-8")) for document in documents)
+    names = tuple(document.name for document in documents)
+    return Stream(Ragged.build(sequences, len(tokenizer)), names, size)
+
+
+def _encode_pairs(
+    corpus: PairCorpus, source: Tokenizer, target: Tokenizer, config: DataConfig
+) -> PairData:
+    report = corpus.report.copy()
+    splits = {}
+    for split in SPLITS:
+        splits[split] = encoded = _pair_split(corpus.splits[split], source, target, config, report)
+        report.count(split, "source tokens", len(encoded.sources.tokens))
+        report.count(split, "target tokens", len(encoded.targets.tokens))
+        if split != "train":
+            report.count(split, "unknown source tokens", (encoded.sources.tokens == UNK).sum())
+            report.count(split, "unknown target tokens", (encoded.targets.tokens == UNK).sum())
+    require_filled(
+        {split: encoded.examples for split, encoded in splits.items()},
+        wanted_splits(config),
+        report,
+        "give shorter examples, or raise data.max_source_length and data.max_target_length",
+    )
+    limits = (config.max_source_length, config.max_target_length)
+    shapes = choose_shapes(*splits["train"].item_lengths, config.buckets, limits)
+    share = padding_share(*splits["train"].item_lengths, shapes)
+    report.notes.append(
+        "batch shapes (source x target): "
+        + ", ".join(f"{s} x {t}" for s, t in shapes)
+        + f"; {share:.1%} of the train tokens are padding"
+    )
+    for split, encoded in splits.items():
+        splits[split] = PairSplit(
+            encoded.examples,
+            encoded.sources,
+            encoded.targets,
+            encoded.item_example,
+            cover(shapes, *encoded.item_lengths, limits),
+        )
+    return PairData(splits, report)
+
+
+def _pair_split(
+    examples: tuple[Example, ...],
+    source_tokenizer: Tokenizer,
+    target_tokenizer: Tokenizer,
+    config: DataConfig,
+    report: Report,
+) -> PairSplit:
+    end = np.array([EOS], np.int32)
+    kept: list[Example] = []
+    sources: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    item_example: list[int] = []
+    for example in examples:
+        source = np.concatenate([source_tokenizer.encode_array(example.source), end])
+        if not _fits(source, "source", config.max_source_length, example, 0, config, report):
+            continue
+        references, locations = [], []
+        for number, reference in enumerate(example.references):
+            target = np.concatenate([target_tokenizer.encode_array(reference), end])
+            if _fits(target, "target", config.max_target_length, example, number, config, report):
+                references.append(reference)
+                locations.append(example.location(number))
+                targets.append(target)
+                item_example.append(len(kept))
+        if references:
+            sources.append(source)
+            kept.append(Example(example.source, tuple(references), tuple(locations)))
+    return PairSplit(
+        tuple(kept),
+        Ragged.build(sources, len(source_tokenizer)),
+        Ragged.build(targets, len(target_tokenizer)),
+        np.array(item_example, np.int64),
+    )
+
+
+def _fits(
+    sequence: np.ndarray,
+    side: str,
+    limit: int,
+    example: Example,
+    reference: int,
+    config: DataConfig,
+    report: Report,
+) -> bool:
+    if len(sequence) <= limit:
+        return True
+    report.reject(
+        config.on_bad,
+        example.location(reference),
+        f"{side} longer than data.max_{side}_length={limit}",
+        f"shorten it, or raise data.max_{side}_length (and model.max_length, if that is less)",
+        detail=f"{len(sequence)} tokens, <eos> included",
+    )
+    return False
