@@ -1,9 +1,9 @@
 # jaxformer: `make train` and `make test` need only git, make and Python >= 3.11.
 #
-#   PYTHON  the interpreter .venv is made from      make test PYTHON=python3.12 VENV=.venv312
-#   VENV    where the environment lives
-#   PRESET  what `make train` trains                make train PRESET=shakespeare_char
-#   ARGS    passed on to train.py or to pytest      make test ARGS="-k attention"
+#   PYTHON  the interpreter a new VENV is made from  make test PYTHON=python3.12 VENV=.venv312
+#   VENV    where the environment lives, else .venv
+#   PRESET  what `make train` trains                 make train PRESET=shakespeare_char
+#   ARGS    passed on to train.py or to pytest       make test ARGS="-k attention"
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -18,11 +18,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format types lock clean $(VENV)
+.PHONY: help train test lint format types lock clean .venv
 
 help: ## list what make can do
-	@grep -hE '^[a-z$$()A-Z.]+:.*## ' $(MAKEFILE_LIST) | sed 's/^$$(VENV)/.venv/' \
-		| awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 train: $(STAMP) ## train the spelling-to-pronunciation model (PRESET=..., ARGS="--train.steps 500")
 	@$(BIN)/python train.py $(PRESET) $(ARGS)
@@ -31,7 +30,8 @@ train: $(STAMP) ## train the spelling-to-pronunciation model (PRESET=..., ARGS="
 test: $(STAMP) ## run the whole test suite (ARGS="-m 'not slow'" for the quick part)
 	@$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
-$(VENV): $(STAMP) ## create the environment, nothing else
+# Builds whatever VENV names.
+.venv: $(STAMP) ## create the environment, nothing else
 	@:
 
 lint: $(STAMP) ## ruff: rules and format, changing nothing
@@ -50,7 +50,7 @@ types: $(STAMP) ## type-check both packages
 lock: ## resolve pyproject.toml anew into requirements.lock
 	@uv=$$(command -v uv) || { $(MAKE) --no-print-directory .cache/uv/bin/uv && uv=.cache/uv/bin/uv; }; \
 	$$uv pip compile --quiet --no-config --upgrade --universal --python-version 3.11 --extra dev \
-		--generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
+		--generate-hashes --no-annotate \
 		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 	@echo "requirements.lock: $$(grep -c '^[a-z0-9]' requirements.lock) pinned packages"
 

@@ -1,0 +1,30 @@
+"""What every test runs under: CPU, eight devices, checked shapes, compiled code kept on disk."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# In the environment rather than in jax.config, so that the programs a test starts inherit them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import hypothesis
+import jax
+import jaxtyping
+
+# Eight devices, so that any test can build a mesh; they cost a one-device test nothing that can be
+# measured. Set here alone: a program that a test starts has one device, as on a laptop.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update("jax_num_cpu_devices", 8)
+
+# Shape and dtype annotations are checked in tests only, and only in modules imported after this.
+jaxtyping.install_import_hook(["jaxformer", "jaxformer_kernels"], "beartype.beartype")
+
+# Compilation makes the first example slow, so no deadline; a build must not be red by luck.
+hypothesis.settings.register_profile(
+    "jaxformer", deadline=None, max_examples=25, derandomize="CI" in os.environ
+)
+hypothesis.settings.load_profile("jaxformer")
