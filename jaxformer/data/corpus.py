@@ -90,6 +90,8 @@ class Report:
         """The account as lines to print: one a split, one a reason, then the notes."""
         lines = []
         for split, numbers in self.counts.items():
+            if not any(numbers.values()):
+                continue
             parts = ", ".join(f"{amount:,} {what}" for what, amount in numbers.items())
             lines.append(f"{split}: {parts}")
         for reason, skipped in sorted(self.skipped.items()):

@@ -1,6 +1,6 @@
 """A corpus as token ids: flat arrays with offsets, checked for length, counted for the report."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,14 +29,29 @@ class Ragged:
     offsets: np.ndarray
 
     @classmethod
-    def build(cls, sequences: Iterable[np.ndarray], vocabulary: int) -> "Ragged":
-        """Joins sequences, in two bytes a token where the vocabulary allows it."""
-        arrays = list(sequences)
-        offsets = np.zeros(len(arrays) + 1, np.int64)
-        np.cumsum([len(array) for array in arrays], out=offsets[1:])
+    def build(
+        cls,
+        sequences: Sequence[np.ndarray],
+        vocabulary: int,
+        *,
+        first: int | None = None,
+        last: int | None = None,
+    ) -> "Ragged":
+        """Joins sequences, in two bytes a token where the vocabulary allows it.
+
+        Each gets `first` before it and `last` behind it: no other place adds special tokens.
+        """
+        before, behind = int(first is not None), int(last is not None)
+        lengths = [len(sequence) + before + behind for sequence in sequences]
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
         tokens = np.empty(offsets[-1], np.uint16 if vocabulary <= 2**16 else np.int32)
-        for start, array in zip(offsets, arrays, strict=False):
-            tokens[start : start + len(array)] = array
+        for sequence, start, end in zip(sequences, offsets[:-1], offsets[1:], strict=True):
+            tokens[start + before : end - behind] = sequence
+        if first is not None:
+            tokens[offsets[:-1]] = first
+        if last is not None:
+            tokens[offsets[1:] - 1] = last
         return cls(tokens, offsets)
 
     def __len__(self) -> int:
@@ -118,8 +133,8 @@ Data = TextData | PairData
 def encode_corpus(corpus: Corpus, tokenizers: Tokenizers, config: DataConfig) -> Data:
     """Turns a corpus into ids and completes its report (tokens, unknown tokens, padding).
 
-    Raises DataError on a source or target that is longer than the model takes, on one without any
-    token, and if nothing of a split remains.
+    Raises DataError on a source or target that is longer than the model takes, and if nothing of a
+    split remains.
     """
     if isinstance(corpus, TextCorpus):
         return _encode_text(corpus, tokenizers.target)
@@ -141,13 +156,10 @@ def _encode_text(corpus: TextCorpus, tokenizer: Tokenizer) -> TextData:
 
 
 def _stream(documents: tuple[Document, ...], tokenizer: Tokenizer) -> Stream:
-    sequences = (
-        np.concatenate([np.array([SOS], np.int32), tokenizer.encode_array(document.text)])
-        for document in documents
-    )
+    sequences = tokenizer.encode_all([document.text for document in documents])
     size = sum(len(document.text.encode("utf-8")) for document in documents)
     names = tuple(document.name for document in documents)
-    return Stream(Ragged.build(sequences, len(tokenizer)), names, size)
+    return Stream(Ragged.build(sequences, len(tokenizer), first=SOS), names, size)
 
 
 def _encode_pairs(
@@ -194,50 +206,54 @@ def _pair_split(
     config: DataConfig,
     report: Report,
 ) -> PairSplit:
-    end = np.array([EOS], np.int32)
+    encoded_sources = source_tokenizer.encode_all([example.source for example in examples])
+    encoded_targets = iter(
+        target_tokenizer.encode_all([text for example in examples for text in example.references])
+    )
     kept: list[Example] = []
     sources: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     item_example: list[int] = []
-    for example in examples:
-        source = np.concatenate([source_tokenizer.encode_array(example.source), end])
-        if not _fits(source, "source", config.max_source_length, example, 0, config, report):
+    for example, source in zip(examples, encoded_sources, strict=True):
+        own_targets = [next(encoded_targets) for _ in example.references]
+        if not _fits(source, "source", example.location(), config, report):
             continue
-        references, locations = [], []
-        for number, reference in enumerate(example.references):
-            target = np.concatenate([target_tokenizer.encode_array(reference), end])
-            if _fits(target, "target", config.max_target_length, example, number, config, report):
-                references.append(reference)
-                locations.append(example.location(number))
-                targets.append(target)
-                item_example.append(len(kept))
-        if references:
+        fitting = [
+            number
+            for number, target in enumerate(own_targets)
+            if _fits(target, "target", example.location(number), config, report)
+        ]
+        if fitting:
+            targets += [own_targets[number] for number in fitting]
+            item_example += [len(kept)] * len(fitting)
             sources.append(source)
-            kept.append(Example(example.source, tuple(references), tuple(locations)))
+            kept.append(
+                Example(
+                    example.source,
+                    tuple(example.references[number] for number in fitting),
+                    tuple(example.location(number) for number in fitting),
+                )
+            )
     return PairSplit(
         tuple(kept),
-        Ragged.build(sources, len(source_tokenizer)),
-        Ragged.build(targets, len(target_tokenizer)),
+        Ragged.build(sources, len(source_tokenizer), last=EOS),
+        Ragged.build(targets, len(target_tokenizer), last=EOS),
         np.array(item_example, np.int64),
     )
 
 
 def _fits(
-    sequence: np.ndarray,
-    side: str,
-    limit: int,
-    example: Example,
-    reference: int,
-    config: DataConfig,
-    report: Report,
+    sequence: np.ndarray, side: str, location: str, config: DataConfig, report: Report
 ) -> bool:
-    if len(sequence) <= limit:
+    limit = config.max_source_length if side == "source" else config.max_target_length
+    length = len(sequence) + 1
+    if length <= limit:
         return True
     report.reject(
         config.on_bad,
-        example.location(reference),
+        location,
         f"{side} longer than data.max_{side}_length={limit}",
         f"shorten it, or raise data.max_{side}_length (and model.max_length, if that is less)",
-        detail=f"{len(sequence)} tokens, <eos> included",
+        detail=f"{length} tokens, <eos> included",
     )
     return False

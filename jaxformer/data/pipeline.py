@@ -205,22 +205,26 @@ def source_batches(
     """
     if tokenizers.source is None:
         raise ValueError("a language model has no sources to decode")
-    end = np.array([EOS], np.int32)
     limit = config.max_source_length
     sequences = []
     for number, text in enumerate(sources, start=1):
         normal = normalise_word(text) if config.kind == "pronunciation" else text.strip()
         if not normal:
             raise DataError(f"source {number} is empty. Fix: remove the line")
-        sequences.append(np.concatenate([tokenizers.source.encode_array(normal), end]))
-        if len(sequences[-1]) > limit:
+        try:
+            sequence = tokenizers.source.encode_array(normal)
+        except UnicodeEncodeError:
+            fix = "Fix: read the sources as UTF-8"
+            raise DataError(f"source {number} is not valid Unicode: {text[:40]!r}. {fix}") from None
+        if len(sequence) + 1 > limit:
             raise DataError(
-                f"source {number} has {len(sequences[-1])} tokens, <eos> included; the model takes "
+                f"source {number} has {len(sequence) + 1} tokens, <eos> included; the model takes "
                 f"{limit}. Fix: shorten {text[:40]!r}"
             )
+        sequences.append(sequence)
     if not sequences:
         return []
-    ragged = Ragged.build(sequences, len(tokenizers.source))
+    ragged = Ragged.build(sequences, len(tokenizers.source), last=EOS)
     rows = min(batch_size, _power_of_two(len(sequences)))
     order = np.argsort(ragged.lengths, kind="stable")
     order = np.concatenate([order, np.full(-len(order) % rows, -1)])

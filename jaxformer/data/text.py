@@ -26,8 +26,9 @@ LIBRARY_LEFT_OUT = frozenset(
     {
         "__pycache__",
         "dist-packages",
+        "ensurepip",
         "encodings",  # tables of code points
-        "idle_test",
+        "idlelib",  # often packaged apart from the rest
         "lib2to3",
         "pydoc_data",  # the language reference as string literals
         "site-packages",
@@ -51,12 +52,10 @@ def load_text(config: DataConfig) -> TextCorpus:
     dev_fraction, test_fraction = fractions(config)
     train = _documents(config.files, "files", config, report) if config.files else _library(report)
     for document in train:
-        if config.split == "tail":
-            for split, part in _tail(document, dev_fraction, test_fraction).items():
-                documents[split].append(part)
-        else:
+        split = "train"
+        if config.split == "hash":
             split = hash_split(document.text, dev_fraction, test_fraction)
-            documents[split].append(document)
+        documents[split].append(document)
     documents["dev"] += _documents(config.dev_files, "dev-files", config, report)
     documents["test"] += _documents(config.test_files, "test-files", config, report)
 
@@ -65,10 +64,14 @@ def load_text(config: DataConfig) -> TextCorpus:
         for split, items in documents.items()
     }
     remove_leaks(names, report, config.on_bad, "a document")
-    splits = {
-        split: tuple(document for document in items if document.text in names[split])
-        for split, items in documents.items()
-    }
+    for split, items in documents.items():
+        documents[split] = [document for document in items if document.text in names[split]]
+    if config.split == "tail":
+        whole, documents["train"] = documents["train"], []
+        for document in whole:
+            for split, part in _tail(document, dev_fraction, test_fraction).items():
+                documents[split].append(part)
+    splits = {split: tuple(items) for split, items in documents.items()}
     fix = EMPTY_SPLIT_FIX + ", or cut every text with --data.split tail"
     require_filled(splits, wanted_splits(config), report, fix)
     for split, items in splits.items():

@@ -50,6 +50,10 @@ class Tokenizer(ABC):
         """The ids of a text, without special tokens."""
         return self.encode_array(text).tolist()
 
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode_array` of each text."""
+        return [self.encode_array(text) for text in texts]
+
     def save(self, path: Path) -> None:
         """Writes the tokenizer, whole, as one JSON file."""
         values = {"kind": self.kind, **self._values()}
@@ -197,7 +201,11 @@ class BPETokenizer(Tokenizer):
         return len(SPECIALS) + self._model.get_vocab_size()
 
     def encode_array(self, text: str) -> np.ndarray:
-        return np.array(self._model.encode(text).ids, np.int32) + len(SPECIALS)
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._model.encode_batch_fast(texts)
+        return [np.array(encoding.ids, np.int32) + len(SPECIALS) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         pieces: list[str] = []
