@@ -10,6 +10,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 _STATIC = ("causal", "window")
 
@@ -157,6 +158,39 @@ class Mask:
             result = result & test
         return result.reshape((1,) * (4 - result.ndim) + result.shape)
 
+    def cut(self, t: tuple, s: tuple) -> "Mask":
+        """This mask with the fields that run along T or S cut to a block.
+
+        Args:
+            t, s: (start, size) of the block's queries and keys; a start may be traced.
+        """
+        array = self.array
+        if array is not None:
+            array = array.reshape((1,) * (4 - array.ndim) + array.shape)
+            array = _cut(_cut(array, 2, *t), 3, *s)
+        return dataclasses.replace(
+            self,
+            q_segment_ids=_cut(self.q_segment_ids, 1, *t),
+            kv_segment_ids=_cut(self.kv_segment_ids, 1, *s),
+            array=array,
+        )
+
+    def pad(self, t: int, s: int, S: int) -> "Mask":
+        """This mask for `t` more queries, and `s` more keys than `S`, which are hidden."""
+        if not t and not s:
+            return self
+        array = self.array
+        if array is not None:
+            array = array.reshape((1,) * (4 - array.ndim) + array.shape)
+            array = _pad(_pad(array, 2, t), 3, s)
+        return dataclasses.replace(
+            self,
+            q_segment_ids=_pad(self.q_segment_ids, 1, t),
+            kv_segment_ids=_pad(self.kv_segment_ids, 1, s),
+            kv_end=_both(self.kv_end, S, jnp.minimum, min) if s else self.kv_end,
+            array=array,
+        )
+
     def __and__(self, other: "Mask") -> "Mask":
         """What both masks show.
 
@@ -215,6 +249,21 @@ jax.tree_util.register_pytree_with_keys(Mask, _flatten_with_keys, _unflatten)
 def _column(position):
     """A position, scalar or [B], as something that broadcasts against [T, S] or [B, 1, T, S]."""
     return position if np.ndim(position) == 0 else position[:, None, None, None]
+
+
+def _cut(x, axis, start, size):
+    """`size` elements of `x` along `axis` from `start`; all of it where it is None or 1 long."""
+    if x is None or x.shape[axis] == 1:
+        return x
+    return lax.dynamic_slice_in_dim(x, start, size, axis=axis)
+
+
+def _pad(x, axis, count):
+    if x is None or x.shape[axis] == 1 or not count:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, count)
+    return jnp.pad(x, widths, mode="edge")
 
 
 def _check_window(window):

@@ -29,9 +29,10 @@ def reference(q, k, v, bias, sinks, mask, dropout, scale, softcap):
     logits = jnp.where(visible, logits, -jnp.inf)
 
     # A row that sees nothing has maximum -inf; from there on it is treated as if its maximum were
-    # 0 and its sum 1, and masked at the end, so that no NaN can enter the gradient.
-    sees = visible.any(axis=-1)
-    top = jnp.where(sees, logits.max(axis=-1), 0.0)
+    # 0 and its sum 1, so that no NaN can enter the gradient.
+    top = logits.max(axis=-1)
+    sees = top != -jnp.inf
+    top = jnp.where(sees, top, 0.0)
     if sinks is not None:
         sinks = sinks.astype(wide)[None, :, None]
         top = jnp.maximum(top, sinks)
