@@ -57,7 +57,7 @@ class Report:
     def count(self, split: str, what: str, amount: int) -> None:
         """Adds to a number of a split."""
         numbers = self.counts.setdefault(split, {})
-        numbers[what] = numbers.get(what, 0) + int(amount)
+        numbers[what] = numbers.get(what, 0) + amount
 
     def skip(self, reason: str, location: str) -> None:
         """Counts one thing that is left out."""

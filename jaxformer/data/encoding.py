@@ -62,6 +62,10 @@ class Ragged:
         """int64[len(self)]."""
         return np.diff(self.offsets)
 
+    def count(self, token: int) -> int:
+        """How often a token occurs."""
+        return int((self.tokens == token).sum())
+
     def gather(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Sequences `rows` side by side; a row of -1 is empty.
 
@@ -151,7 +155,7 @@ def _encode_text(corpus: TextCorpus, tokenizer: Tokenizer) -> TextData:
         splits[split] = stream = _stream(documents, tokenizer)
         report.count(split, "tokens", len(stream.documents.tokens))
         if split != "train":
-            report.count(split, "unknown tokens", (stream.documents.tokens == UNK).sum())
+            report.count(split, "unknown tokens", stream.documents.count(UNK))
     return TextData(splits, report)
 
 
@@ -172,8 +176,8 @@ def _encode_pairs(
         report.count(split, "source tokens", len(encoded.sources.tokens))
         report.count(split, "target tokens", len(encoded.targets.tokens))
         if split != "train":
-            report.count(split, "unknown source tokens", (encoded.sources.tokens == UNK).sum())
-            report.count(split, "unknown target tokens", (encoded.targets.tokens == UNK).sum())
+            report.count(split, "unknown source tokens", encoded.sources.count(UNK))
+            report.count(split, "unknown target tokens", encoded.targets.count(UNK))
     require_filled(
         {split: encoded.examples for split, encoded in splits.items()},
         wanted_splits(config),

@@ -64,7 +64,7 @@ def cover(
     if not len(source_lengths):
         return shapes
     largest = tuple(
-        max(have, int(round_up(lengths.max(), limit)))
+        max(have, int(round_up(lengths, limit).max()))
         for have, lengths, limit in zip(
             shapes[-1], (source_lengths, target_lengths), limits, strict=True
         )
@@ -89,9 +89,8 @@ def padding_share(
     return float(1 - (source_lengths.sum() + target_lengths.sum()) / total)
 
 
-def round_up(lengths: np.ndarray | int, limit: int) -> np.ndarray:
+def round_up(lengths: np.ndarray, limit: int) -> np.ndarray:
     """Lengths up to the next multiple of 4 (of 8 above 64), but not past the limit."""
-    lengths = np.asarray(lengths)
     multiple = np.where(lengths > 64, 8, 4)
     return np.minimum(-(-lengths // multiple) * multiple, limit)
 

@@ -4,7 +4,7 @@ Batch n depends on (seed, n) alone, so the state of training's data is the numbe
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 import grain
 import numpy as np
@@ -63,7 +63,7 @@ class BatchIterator(Iterator[Batch]):
             self._batches.close()
             self._batches = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "BatchIterator":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -230,9 +230,9 @@ def source_batches(
     order = np.concatenate([order, np.full(-len(order) % rows, -1)])
     batches = []
     for index in order.reshape(-1, rows):
-        longest = ragged.lengths[index[index >= 0]].max()
+        longest = int(ragged.lengths[index[index >= 0]].max())
         width = min(max(_power_of_two(longest), SMALLEST_SOURCE), limit)
-        source, real = ragged.gather(index, int(width))
+        source, real = ragged.gather(index, width)
         batches.append(
             {
                 "source": source,
@@ -244,4 +244,4 @@ def source_batches(
 
 
 def _power_of_two(number: int) -> int:
-    return 1 << (int(number) - 1).bit_length()
+    return 1 << (number - 1).bit_length()

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsInt
 
 import numpy as np
 import tokenizers
@@ -39,7 +39,7 @@ class Tokenizer(ABC):
         """The ids of a text, int32[length], without special tokens."""
 
     @abstractmethod
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """The text of ids, without pad, sos and eos."""
 
     @abstractmethod
@@ -76,7 +76,7 @@ class ByteTokenizer(Tokenizer):
     def encode_array(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + len(SPECIALS)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         unknown = REPLACEMENT.encode("utf-8")
         pieces = (
             bytes([token - len(SPECIALS)]) if token >= len(SPECIALS) else unknown
@@ -117,7 +117,7 @@ class CharacterTokenizer(Tokenizer):
         ids = np.where(self._codes[places] == codes, places + len(SPECIALS), UNK)
         return ids.astype(np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         pieces = (REPLACEMENT, *self.alphabet)
         return "".join(pieces[token - UNK] for token in map(int, ids) if token >= UNK)
 
@@ -154,7 +154,7 @@ class WordTokenizer(Tokenizer):
     def encode_array(self, text: str) -> np.ndarray:
         return np.array(self.encode(text), np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         pieces = (SPECIALS[UNK], *self.words)
         return " ".join(pieces[token - UNK] for token in map(int, ids) if token >= UNK)
 
@@ -207,7 +207,7 @@ class BPETokenizer(Tokenizer):
         encodings = self._model.encode_batch_fast(texts)
         return [np.array(encoding.ids, np.int32) + len(SPECIALS) for encoding in encodings]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         pieces: list[str] = []
         run: list[int] = []
         for token in map(int, ids):
@@ -237,7 +237,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             return BPETokenizer(tokenizers.Tokenizer.from_str(json.dumps(values["model"])))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist. Fix: is this a run folder?") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises nothing narrower
         raise DataError(f"{path} is not a saved tokenizer ({error!r})") from error
     raise DataError(f"{path}: unknown kind of tokenizer {kind!r}")
 
