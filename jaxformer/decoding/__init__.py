@@ -1,0 +1,39 @@
+"""From next-token logits to sequences: sampling, beam search, and scores of given targets.
+
+Nothing here knows a model. A search is given
+
+- `step(tokens: Int[B 1], cache) -> (logits: Float[B V], cache)`, a pure traceable function that
+  feeds one token a row and returns the logits of the next;
+- `cache`, any pytree; beam search also calls its method `take(indices: Int[rows]) -> cache`, which
+  gathers rows (the cache knows where its batch axis is);
+- `logits: Float[B V]`, what the model said after the prompt (or <sos>), which the caller has fed.
+
+    search = jax.jit(lambda cache, logits: greedy(step, cache, logits, max_length=50, ...))
+
+One meaning everywhere: `max_length` and `row_lengths` count <eos>; `lengths` and `min_length` count
+the tokens before it; log-probabilities are the model's own, <eos> included.
+"""
+
+from jaxformer.decoding.beam import Beams, beam_search
+from jaxformer.decoding.sampling import (
+    Sampled,
+    SearchCache,
+    Step,
+    filter_logits,
+    greedy,
+    sample,
+)
+from jaxformer.decoding.scoring import sequence_log_probs, token_log_probs
+
+__all__ = [
+    "Beams",
+    "Sampled",
+    "SearchCache",
+    "Step",
+    "beam_search",
+    "filter_logits",
+    "greedy",
+    "sample",
+    "sequence_log_probs",
+    "token_log_probs",
+]

@@ -1,0 +1,126 @@
+"""The searches applied to this library's models: one compiled function a model and setting."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxformer.data.tokenizers import EOS, PAD, SOS, UNK
+from jaxformer.decoding.beam import Beams, beam_search
+from jaxformer.decoding.sampling import Sampled, greedy, sample
+from jaxformer.decoding.scoring import sequence_log_probs
+from jaxformer.nn import Cache
+from jaxformer.nn.parameters import Params
+
+Apply = Callable[..., Any]
+FORBIDDEN = (PAD, SOS, UNK)
+
+
+def make_translate(
+    apply: Apply,
+    *,
+    max_length: int,
+    beam: int = 1,
+    n_best: int = 1,
+    min_length: int = 0,
+    length_penalty: float = 0.6,
+) -> Callable[[Params, Int[Array, "B S"], Int[Array, "B S"]], Beams]:
+    """A compiled `translate(params, source, source_segment_ids) -> Beams` of an encoder-decoder.
+
+    Beam search, or greedy search where `beam` is 1 and one hypothesis is wanted. `max_length`
+    counts <eos>; the other options are those of `decoding.beam_search`.
+    """
+
+    @jax.jit
+    def translate(params: Params, source: Array, source_segment_ids: Array) -> Beams:
+        cache = apply(params, source, source_segment_ids, max_length, method="init_cache")
+        step = _step(apply, params)
+        first = jnp.full((source.shape[0], 1), SOS, jnp.int32)
+        logits, cache = step(first, cache)
+        options = dict(max_length=max_length, eos_id=EOS, pad_id=PAD, forbidden=FORBIDDEN)
+        if beam == 1 and n_best == 1:
+            found = greedy(step, cache, logits, min_length=min_length, **options)
+            penalty = ((5 + found.lengths + found.finished) / 6) ** length_penalty
+            return Beams(
+                tokens=found.tokens[:, None],
+                lengths=found.lengths[:, None],
+                scores=(found.log_probs / penalty)[:, None],
+                log_probs=found.log_probs[:, None],
+                finished=found.finished[:, None],
+            )
+        return beam_search(
+            step,
+            cache,
+            logits,
+            beam=beam,
+            n_best=n_best,
+            min_length=min_length,
+            length_penalty=length_penalty,
+            **options,
+        )
+
+    return translate
+
+
+def make_generate(
+    apply: Apply,
+    *,
+    max_length: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Callable[[Params, Int[Array, "B P"], Int[Array, " B"], PRNGKeyArray], Sampled]:
+    """A compiled `generate(params, prompts, start, key) -> Sampled` of a decoder.
+
+    `prompts` are padded on the left: row b's tokens begin at column `start[b]`. `max_length` counts
+    the new tokens; the other options are those of `decoding.sample`.
+    """
+
+    @jax.jit
+    def generate(params: Params, prompts: Array, start: Array, key: PRNGKeyArray) -> Sampled:
+        length = prompts.shape[1] + max_length
+        cache = apply(params, length, start, method="init_cache")
+        logits, cache = apply(params, prompts, cache, method="extend")
+        return sample(
+            _step(apply, params),
+            cache,
+            logits[:, -1],
+            key=key,
+            max_length=max_length,
+            eos_id=EOS,
+            pad_id=PAD,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            forbidden=FORBIDDEN,
+        )
+
+    return generate
+
+
+def make_score(apply: Apply) -> Callable[[Params, dict[str, Array]], Float[Array, " B"]]:
+    """A compiled `score(params, batch)`: log-probability of each row's targets, in nats.
+
+    The targets are given, not searched for (teacher forcing); both model kinds.
+    """
+
+    @jax.jit
+    def score(params: Params, batch: dict[str, Array]) -> Array:
+        known = ("targets", "weights", "index")
+        inputs = {name: value for name, value in batch.items() if name not in known}
+        logits = apply(params, **inputs)
+        return sequence_log_probs(logits, batch["targets"], batch["weights"])
+
+    return score
+
+
+def _step(apply: Apply, params: Params) -> Callable[[Array, Cache], tuple[Array, Cache]]:
+    def step(tokens: Int[Array, "B 1"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
+        logits, cache = apply(params, tokens, cache, method="extend")
+        return logits[:, -1], cache
+
+    return step

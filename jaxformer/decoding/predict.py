@@ -1,0 +1,114 @@
+"""From text to text: sources or prompts in, predictions out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jaxformer.config import Config
+from jaxformer.data import Tokenizers, source_batches
+from jaxformer.data.tokenizers import PAD, SOS
+from jaxformer.decoding.generate import Apply, make_generate, make_translate
+from jaxformer.nn.parameters import Params
+
+
+class PredictionError(ValueError):
+    """A request that the model cannot serve; the message says what it can."""
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One prediction: its text, its log-probability in nats, and the score it was ranked by."""
+
+    text: str
+    log_prob: float
+    score: float
+
+
+class Translator:
+    """Predicts targets of sources, with the search that the configuration describes."""
+
+    def __init__(self, apply: Apply, tokenizers: Tokenizers, config: Config, *, n_best: int = 1):
+        if config.model.kind != "encoder_decoder":
+            raise PredictionError("a language model has no sources: use `jaxformer generate`")
+        if n_best > config.decode.beam:
+            raise PredictionError(
+                f"--n-best {n_best} needs a beam of at least {n_best}: add --beam {n_best}"
+            )
+        self.tokenizers = tokenizers
+        self.config = config
+        self.translate = make_translate(
+            apply,
+            max_length=config.decode.max_length or config.data.max_target_length,
+            beam=config.decode.beam,
+            n_best=n_best,
+            length_penalty=config.decode.length_penalty,
+        )
+
+    def __call__(self, params: Params, sources: Sequence[str]) -> list[list[Hypothesis]]:
+        """The best hypotheses of each source, the best first, in the order of the sources."""
+        batches = source_batches(
+            sources, self.tokenizers, self.config.data, batch_size=self.config.eval.batch_size
+        )
+        found: list[list[Hypothesis]] = [[] for _ in sources]
+        for batch in batches:
+            beams = jax.device_get(
+                self.translate(params, batch["source"], batch["source_segment_ids"])
+            )
+            for row, index in enumerate(batch["index"]):
+                if index >= 0:
+                    found[index] = [
+                        Hypothesis(
+                            self.tokenizers.target.decode(tokens[:length].tolist()),
+                            float(log_prob),
+                            float(score),
+                        )
+                        for tokens, length, log_prob, score in zip(
+                            beams.tokens[row],
+                            beams.lengths[row],
+                            beams.log_probs[row],
+                            beams.scores[row],
+                            strict=True,
+                        )
+                        if np.isfinite(score)
+                    ]
+        return found
+
+
+class Generator:
+    """Continues prompts with a language model."""
+
+    def __init__(self, apply: Apply, tokenizers: Tokenizers, config: Config, *, max_new: int):
+        if config.model.kind != "decoder":
+            raise PredictionError("an encoder-decoder has sources: use `jaxformer predict`")
+        self.tokenizers = tokenizers
+        self.config = config
+        self.max_new = max_new
+        decode = config.decode
+        self.generate = make_generate(
+            apply,
+            max_length=max_new,
+            temperature=decode.temperature,
+            top_k=decode.top_k,
+            top_p=decode.top_p,
+            min_p=decode.min_p,
+        )
+
+    def __call__(self, params: Params, prompts: Sequence[str], *, seed: int = 0) -> list[str]:
+        """One continuation a prompt, without the prompt. An empty prompt starts a document."""
+        encoded = [[SOS, *self.tokenizers.target.encode(prompt)] for prompt in prompts]
+        longest = max(len(ids) for ids in encoded)
+        if longest + self.max_new > self.config.model.max_length:
+            raise PredictionError(
+                f"a prompt of {longest} tokens (<sos> included) and {self.max_new} new ones are "
+                f"more than the model's {self.config.model.max_length}: shorten the prompt or "
+                "--max-new"
+            )
+        start = np.array([longest - len(ids) for ids in encoded], np.int32)
+        rows = np.array([[PAD] * (longest - len(ids)) + ids for ids in encoded], np.int32)
+        sampled = jax.device_get(self.generate(params, rows, start, jax.random.key(seed)))
+        return [
+            self.tokenizers.target.decode(tokens[:length].tolist())
+            for tokens, length in zip(sampled.tokens, sampled.lengths, strict=True)
+        ]

@@ -1,0 +1,1 @@
+"""State, step, optimiser, checkpoints and tracking of a training run."""

@@ -1,0 +1,141 @@
+"""Checkpoints by Orbax: written in the background, the newest few and the best kept."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from jaxformer.nn.parameters import Params
+from jaxformer.training.state import TrainState
+
+METRIC = "dev_loss"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing or does not fit the model; the message says what to do."""
+
+
+class Checkpoints:
+    """The folder `<folder>/<step>/`, one Orbax checkpoint a step.
+
+    A checkpoint holds the items `params`, `optimizer`, `ema` (if kept) and `data` (the state of the
+    input pipeline), so that prediction reads the parameters alone.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2):
+        policies = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(n=keep),
+                checkpoint_managers.BestN(
+                    n=1,
+                    get_metric_fn=lambda metrics: metrics[METRIC],
+                    reverse=True,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self.folder = Path(folder).absolute()
+        self.manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies,
+                best_fn=lambda metrics: metrics[METRIC],
+                best_mode="min",
+                keep_checkpoints_without_metrics=False,
+                create=True,
+                # Orbax would decide by itself which steps are worth saving.
+                should_save_fn=lambda step, latest: True,
+            ),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint."""
+        return self.manager.latest_step()
+
+    @property
+    def best(self) -> int | None:
+        """Step of the checkpoint with the lowest dev loss; the newest if none was scored."""
+        return self.manager.best_step() or self.latest
+
+    def save(
+        self, state: TrainState, data_state: dict[str, Any], dev_loss: float | None = None
+    ) -> None:
+        """Starts saving; training may go on at once. A step that is already saved stays."""
+        step = int(state.step)
+        if step in self.manager.all_steps():
+            return
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "optimizer": ocp.args.StandardSave(state.optimizer_state),
+            "data": ocp.args.JsonSave(data_state),
+        }
+        if state.ema is not None:
+            items["ema"] = ocp.args.StandardSave(state.ema)
+        metrics = None if dev_loss is None else {METRIC: dev_loss}
+        self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, Any]:
+        """The state (in the shape of `template`) and the data state of a step, by default the last.
+
+        Raises CheckpointError if there is none or it does not fit.
+        """
+        step = self._step(step)
+        items = {
+            "params": ocp.args.StandardRestore(_abstract(template.params)),
+            "optimizer": ocp.args.StandardRestore(_abstract(template.optimizer_state)),
+            "data": ocp.args.JsonRestore(),
+        }
+        if template.ema is not None:
+            items["ema"] = ocp.args.StandardRestore(_abstract(template.ema))
+        read = self._read(step, items)
+        state = TrainState(
+            step=jnp.asarray(step, jnp.int32),
+            params=read["params"],
+            optimizer_state=read["optimizer"],
+            ema=read["ema"] if template.ema is not None else None,
+        )
+        return state, read["data"]
+
+    def restore_params(self, template: Params, *, ema: bool, step: int | None = None) -> Params:
+        """Only the parameters (or their moving average) of a step, by default the best."""
+        step = self._step(self.best if step is None else step)
+        name = "ema" if ema else "params"
+        return self._read(step, {name: ocp.args.StandardRestore(_abstract(template))})[name]
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+    def _step(self, step: int | None) -> int:
+        step = self.latest if step is None else step
+        if step is None:
+            raise CheckpointError(f"{self.folder} holds no checkpoint yet")
+        if step not in self.manager.all_steps():
+            raise CheckpointError(
+                f"{self.folder} has no step {step}, only {sorted(self.manager.all_steps())}"
+            )
+        return step
+
+    def _read(self, step: int, items: dict[str, Any]) -> Any:
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise CheckpointError(
+                f"checkpoint {self.folder / str(step)} does not fit this model: were model or "
+                f"optimizer options changed? ({error})"
+            ) from error
+
+
+def _abstract(tree: Any) -> Any:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None) or device
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(shape, tree)

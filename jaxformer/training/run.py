@@ -1,0 +1,142 @@
+"""The run folder: what training leaves behind and prediction needs, and nothing from outside."""
+
+import dataclasses
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxformer import config as configuration
+from jaxformer import models
+from jaxformer.config import Config
+from jaxformer.data import Tokenizers
+from jaxformer.nn.parameters import Params, pure
+from jaxformer.training.checkpoint import Checkpoints
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The names inside a run folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The whole resolved configuration."""
+        return self.path / "config.json"
+
+    @property
+    def tokenizers(self) -> Path:
+        """Source and target tokenizer."""
+        return self.path / "tokenizers"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder a step."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """The page written at the end."""
+        return self.path / "summary.md"
+
+    @property
+    def loss_curve(self) -> Path:
+        """The figure that the summary shows."""
+        return self.path / "loss.png"
+
+
+def open_run(config: Config) -> tuple[Config, RunFolder]:
+    """The run folder of a configuration, and the configuration with its name filled in.
+
+    A new run gets a new folder; a resumed one must exist, and keep model, data, optimiser and seed.
+    Nothing is written. Raises RunError.
+    """
+    if config.run is None:
+        if config.resume:
+            raise RunError("--resume needs --run DIR, the folder to go on with")
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        config = dataclasses.replace(config, run=f"runs/{config.preset}-{stamp}")
+    folder = RunFolder(Path(str(config.run)))
+    if config.resume:
+        if not folder.config.exists():
+            raise RunError(f"{folder.path} holds no run to resume; leave --resume out to start one")
+        _check_unchanged(configuration.load(folder.config), config)
+    elif folder.config.exists():
+        raise RunError(
+            f"{folder.path} already holds a run: add --resume True to go on with it, or choose "
+            "another --run"
+        )
+    elif folder.path.exists() and not folder.path.is_dir():
+        raise RunError(f"{folder.path} is a file; choose another --run")
+    return config, folder
+
+
+def _check_unchanged(old: Config, new: Config) -> None:
+    fixed = ("seed", "model", "optimizer", "data")
+    before, after = configuration.to_dict(old), configuration.to_dict(new)
+    for group in fixed:
+        if before[group] == after[group]:
+            continue
+        if not isinstance(before[group], dict):
+            names = [group]
+        else:
+            names = [
+                f"{group}.{name}"
+                for name in before[group]
+                if before[group][name] != after[group][name]
+            ]
+        raise RunError(
+            f"a resumed run keeps its {', '.join(fixed)}; changed: {', '.join(names)}. "
+            "Leave them as they were, or start a new run"
+        )
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model, ready to predict."""
+
+    folder: RunFolder
+    config: Config
+    tokenizers: Tokenizers
+    apply: Any
+    params: Params
+    step: int
+
+
+def load_run(path: str | Path, *, step: int | None = None) -> LoadedRun:
+    """Reads a run folder, wherever it was moved to: the best checkpoint, or that of a step.
+
+    Raises RunError, ConfigError or CheckpointError naming what is missing.
+    """
+    folder = RunFolder(Path(path))
+    if not folder.path.is_dir():
+        raise RunError(f"{path} is not a folder; give a run folder, such as runs/g2p-...")
+    config = configuration.load(folder.config)
+    tokenizers = Tokenizers.load(folder.tokenizers)
+    model = models.abstract(config.model, **vocabularies(tokenizers))
+    apply, template = pure(model)
+    if not folder.checkpoints.is_dir():
+        raise RunError(f"{path} has no checkpoint yet")
+    checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
+    step = checkpoints.best if step is None else step
+    params = checkpoints.restore_params(template, ema=config.train.ema is not None, step=step)
+    checkpoints.close()
+    return LoadedRun(folder, config, tokenizers, apply, params, int(step or 0))
+
+
+def vocabularies(tokenizers: Tokenizers) -> dict[str, int | None]:
+    """The vocabulary sizes that `models.build` takes."""
+    return {
+        "vocabulary": len(tokenizers.target),
+        "source_vocabulary": None if tokenizers.source is None else len(tokenizers.source),
+    }

@@ -1,0 +1,42 @@
+"""Everything a training step reads and writes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from jaxformer.nn.parameters import Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """A pytree: the number of steps done, parameters, optimiser state and, if kept, their average.
+
+    Random keys are not part of it: a step's key is derived from the seed and the step.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    optimizer_state: Any
+    ema: Params | None = None
+
+    @property
+    def evaluated(self) -> Params:
+        """The parameters that are scored and decoded with: the moving average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, *, ema: bool = False
+) -> TrainState:
+    """The state before the first step; the average starts as a copy of the parameters."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
+    )
