@@ -17,18 +17,19 @@ ROOMS: dict[str, set[str]] = {
     "config": set(),
     "sharding": {"config"},
     "presets": {"config"},
+    "arguments": {"presets"},
     "data": {"config"},
     "nn": {"jaxformer_kernels", "sharding"},
     "models": {"nn"},
     "losses": {"models"},
     "metrics": {"config"},
-    "decoding": {"models"},
+    "decoding": {"models", "data"},
     "training": {"losses", "decoding", "metrics", "data"},
     "interop": {"training"},
     "finetune": {"training"},
     "plan": {"training", "presets"},
-    "cli": {"interop", "finetune", "plan"},
-    "train": {"interop", "finetune", "plan"},
+    "cli": {"interop", "finetune", "plan", "arguments"},
+    "train": {"interop", "finetune", "plan", "arguments"},
     "jaxformer": {"interop", "finetune", "plan"},  # the package's own __init__
 }
 KERNELS_THIRD_PARTY = {"jax", "jaxlib", "jaxtyping", "numpy"}
