@@ -6,7 +6,7 @@ from jax import lax
 
 def varying_axes(array) -> frozenset[str]:
     """The mesh axes over which `array` differs between devices, inside `jax.shard_map`."""
-    return frozenset(getattr(jax.typeof(array), "vma", frozenset()))
+    return frozenset(jax.typeof(array).manual_axis_type.varying)
 
 
 def vary(tree, axes: frozenset[str]):

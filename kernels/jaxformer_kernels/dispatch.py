@@ -81,6 +81,11 @@ def choose(
     raise NotImplementedError(f"{op}: nothing on {platform} can do this: {'; '.join(reasons)}.")
 
 
+def picked(op: str) -> list[str]:
+    """The implementations of `op` that `choose` has picked by platform so far, sorted."""
+    return sorted({candidate for said, _, candidate, *_ in _said if said == op})
+
+
 def _unknown_name(op, name, implementations):
     near = difflib.get_close_matches(str(name), implementations, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""

@@ -16,6 +16,8 @@ IMPLEMENTATIONS = {
     "reference": reference.IMPLEMENTATION,
 }
 
+_EVERYTHING = Mask()
+
 # Fastest first, as measured by benchmarks/.
 ORDER = {"default": ("xla",)}
 
@@ -26,11 +28,11 @@ def attention(
     v,
     *,
     bias=None,
-    mask: Mask = Mask(),
+    mask=_EVERYTHING,
     sinks=None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    dropout: Dropout | None = None,
+    softcap=None,
+    scale=None,
+    dropout=None,
     return_lse: bool = False,
     implementation: str | None = None,
 ):
@@ -83,65 +85,94 @@ def attention(
 
 
 def _check_arrays(q, k, v, bias, sinks):
-    for name, x, axes in (("q", q, "[B, T, N, H]"), ("k", k, "[B, S, K, H]"),
-                          ("v", v, "[B, S, K, Hv]")):
+    for name, x, axes in (
+        ("q", q, "[B, T, N, H]"),
+        ("k", k, "[B, S, K, H]"),
+        ("v", v, "[B, S, K, Hv]"),
+    ):
         if x.ndim != 4:
-            raise ValueError(f"attention: {name} must be {axes}, got {x.ndim} axes, "
-                             f"{list(x.shape)}; add the missing ones with {name}[None] or reshape.")
+            raise ValueError(
+                f"attention: {name} must be {axes}, got {x.ndim} axes, "
+                f"{list(x.shape)}; add the missing ones with {name}[None] or reshape."
+            )
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"attention: {name} must be floating, got {x.dtype}; "
-                            f"cast it with {name}.astype(jnp.float32).")
+            raise TypeError(
+                f"attention: {name} must be floating, got {x.dtype}; "
+                f"cast it with {name}.astype(jnp.float32)."
+            )
         if x.dtype != q.dtype:
-            raise TypeError(f"attention: q, k and v must have one dtype, got q {q.dtype} and "
-                            f"{name} {x.dtype}; cast with {name}.astype(q.dtype).")
+            raise TypeError(
+                f"attention: q, k and v must have one dtype, got q {q.dtype} and "
+                f"{name} {x.dtype}; cast with {name}.astype(q.dtype)."
+            )
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     if k.shape[0] != B or v.shape[0] != B:
-        raise ValueError(f"attention: q, k and v must have one batch size, got {B}, {k.shape[0]} "
-                         f"and {v.shape[0]}; broadcast them (jnp.broadcast_to) or use jax.vmap.")
+        raise ValueError(
+            f"attention: q, k and v must have one batch size, got {B}, {k.shape[0]} "
+            f"and {v.shape[0]}; broadcast them (jnp.broadcast_to) or use jax.vmap."
+        )
     if v.shape[1:3] != (S, K):
-        raise ValueError(f"attention: k and v must agree in [S, K], got {list(k.shape[1:3])} and "
-                         f"{list(v.shape[1:3])}; the axis order is [B, S, K, H].")
+        raise ValueError(
+            f"attention: k and v must agree in [S, K], got {list(k.shape[1:3])} and "
+            f"{list(v.shape[1:3])}; the axis order is [B, S, K, H]."
+        )
     if k.shape[3] != H:
-        raise ValueError(f"attention: q and k must have one head dim, got {H} and {k.shape[3]}; "
-                         "only v may have another.")
+        raise ValueError(
+            f"attention: q and k must have one head dim, got {H} and {k.shape[3]}; "
+            "only v may have another."
+        )
     if min(N, K, H) == 0 or N % K:
-        raise ValueError(f"attention: the {N} query heads must be a multiple of the {K} key-value "
-                         "heads; the axis order is [B, T, N, H].")
+        raise ValueError(
+            f"attention: the {N} query heads must be a multiple of the {K} key-value "
+            "heads; the axis order is [B, T, N, H]."
+        )
     if S == 0:
-        raise ValueError("attention: there are no keys (S = 0); hide keys with "
-                         "mask=Mask(kv_end=...) instead of cutting them off.")
+        raise ValueError(
+            "attention: there are no keys (S = 0); hide keys with "
+            "mask=Mask(kv_end=...) instead of cutting them off."
+        )
     if bias is not None:
         if not jnp.issubdtype(bias.dtype, jnp.floating):
-            raise TypeError(f"attention: bias must be floating, got {bias.dtype}; "
-                            "to hide keys pass mask=Mask(array=...).")
+            raise TypeError(
+                f"attention: bias must be floating, got {bias.dtype}; "
+                "to hide keys pass mask=Mask(array=...)."
+            )
         full = (B, N, T, S)
-        if bias.ndim != 4 or any(size not in (1, n) for size, n in zip(bias.shape, full,
-                                                                      strict=True)):
-            raise ValueError(f"attention: bias must have four axes that broadcast to [B, N, T, S] "
-                             f"= {list(full)}, got {list(bias.shape)}; write axes of 1 out, "
-                             "as in bias[None, :, None, :].")
-    if sinks is not None and (
-        sinks.shape != (N,) or not jnp.issubdtype(sinks.dtype, jnp.floating)
-    ):
-        raise ValueError(f"attention: sinks must be floating [N] = [{N}], "
-                         f"got {sinks.dtype}{list(sinks.shape)}.")
+        if bias.ndim != 4 or any(
+            size not in (1, n) for size, n in zip(bias.shape, full, strict=True)
+        ):
+            raise ValueError(
+                f"attention: bias must have four axes that broadcast to [B, N, T, S] "
+                f"= {list(full)}, got {list(bias.shape)}; write axes of 1 out, "
+                "as in bias[None, :, None, :]."
+            )
+    if sinks is not None and (sinks.shape != (N,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
+        raise ValueError(
+            f"attention: sinks must be floating [N] = [{N}], got {sinks.dtype}{list(sinks.shape)}."
+        )
 
 
 def _check_options(mask, softcap, scale, dropout):
     if not isinstance(mask, Mask):
-        raise TypeError(f"attention: mask must be a Mask, got {type(mask).__name__}; "
-                        "wrap a bool array as Mask(array=...), and say causal as "
-                        "Mask(causal=True).")
+        raise TypeError(
+            f"attention: mask must be a Mask, got {type(mask).__name__}; "
+            "wrap a bool array as Mask(array=...), and say causal as "
+            "Mask(causal=True)."
+        )
     if dropout is not None and not isinstance(dropout, Dropout):
-        raise TypeError(f"attention: dropout must be a Dropout, got {type(dropout).__name__}; "
-                        "pass Dropout(rate, key).")
+        raise TypeError(
+            f"attention: dropout must be a Dropout, got {type(dropout).__name__}; "
+            "pass Dropout(rate, key)."
+        )
     for name, value in (("softcap", softcap), ("scale", scale)):
-        if value is not None and (isinstance(value, jax.Array) or
-                                  not isinstance(value, numbers.Real)):
-            raise TypeError(f"attention: {name} must be a Python float, got "
-                            f"{type(value).__name__}; to learn the scale, multiply q by it and "
-                            "pass scale=1.0.")
+        if value is not None and (
+            isinstance(value, jax.Array) or not isinstance(value, numbers.Real)
+        ):
+            raise TypeError(
+                f"attention: {name} must be a Python float, got "
+                f"{type(value).__name__}; to learn the scale, multiply q by it and "
+                "pass scale=1.0."
+            )
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"attention: softcap must be positive, got {softcap}; "
-                         "None means no cap.")
+        raise ValueError(f"attention: softcap must be positive, got {softcap}; None means no cap.")

@@ -26,7 +26,27 @@ def wide(dtype):
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def product(equation, a, b):
+def scores(q, k):
+    """Logits of q [B, K, G, T, H] against k [B, K, S, H]: [B, K, G, T, S], in the wide dtype."""
+    return _product("bkrh,bksh->bkrs", _rows(q), k).reshape(*q.shape[:4], k.shape[2])
+
+
+def mix(p, v):
+    """Values v [B, K, S, H] weighed by p [B, K, G, T, S]: [B, K, G, T, H], in the wide dtype."""
+    return _product("bkrs,bksh->bkrh", _rows(p), v).reshape(*p.shape[:4], v.shape[3])
+
+
+def collect(p, x):
+    """Rows x [B, K, G, T, H] summed into the keys by p [B, K, G, T, S]: [B, K, S, H], wide."""
+    return _product("bkrs,bkrh->bksh", _rows(p), _rows(x))
+
+
+def _rows(x):
+    # With more axes than a batched matrix product has, XLA on CPU copies its operands about.
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _product(equation, a, b):
     """A matrix product that takes its operands as they are and accumulates wide."""
     return jnp.einsum(equation, a, b, preferred_element_type=wide(b.dtype))
 
@@ -54,7 +74,7 @@ def logits(options, q, k, bias, mask, t, s):
         logits [B, K, G, T', S'], -inf where hidden; and d logits / d capped input for the softcap,
         None without one.
     """
-    x = options.scale * product("bkgth,bksh->bkgts", q, k)
+    x = options.scale * scores(q, k)
     slope = None
     if options.softcap is not None:
         bent = jnp.tanh(x / options.softcap)

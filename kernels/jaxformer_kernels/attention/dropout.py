@@ -6,15 +6,14 @@ so any implementation can recompute any block of the mask, in any order, in eith
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["key"], meta_fields=["rate"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["key"], meta_fields=["rate"])
 @dataclasses.dataclass(frozen=True)
 class Dropout:
     """Drop attention probabilities with probability `rate`, and scale the kept by 1 / (1 - rate).
@@ -24,15 +23,15 @@ class Dropout:
     every other use of a random key.
 
     Attributes:
-        rate: Python float in [0, 1).
+        rate: Python number in [0, 1).
         key: a jax random key (typed, or raw uint32 words).
 
     Raises:
         ValueError: `rate` outside [0, 1).
     """
 
-    rate: float
-    key: jax.Array
+    rate: Any  # what a field must be, __post_init__ and seed say better than a type checker
+    key: Any
 
     def __post_init__(self):
         if not isinstance(self.rate, int | float) or not 0 <= self.rate < 1:
@@ -57,7 +56,7 @@ class Dropout:
         return jnp.stack([first, second])
 
 
-def keep(seed, rate: float, b, n, t, s):
+def keep(seed, rate, b, n, t, s):
     """True where the probability at (b, n, t, s) is kept.
 
     Args:
@@ -77,7 +76,7 @@ def keep(seed, rate: float, b, n, t, s):
 
 
 def _mix(x):
-    """A bijection of uint32 in which every input bit reaches every output bit."""
+    """A bijection of uint32 in which every input bit reaches every output bit (lowbias32)."""
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)

@@ -6,6 +6,7 @@ skip what is hidden; `as_array` is its meaning.
 
 import dataclasses
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,10 @@ class Mask:
     With p = t + q_offset, the query's place among the keys:
 
     Attributes:
-        causal: s <= p.
+        causal: Python bool: s <= p.
         q_offset: int (static), or integer array, scalar or [B]: the place of query 0 among the
             keys. Used by `causal` and `window` only. In decoding, the number of cached keys.
-        window: (left, right): p - left <= s <= p + right; None on a side leaves it unbounded.
+        window: None, or (left, right), each an int or None: p - left <= s <= p + right; None on a side leaves it unbounded.
         q_segment_ids, kv_segment_ids: int [B, T] and [B, S]: equal ids see each other. No id is
             special: padding is a segment of its own (by habit id 0), whose rows see each other.
         kv_start, kv_end: int, or integer array, scalar or [B]: kv_start <= s < kv_end.
@@ -38,19 +39,22 @@ class Mask:
         ValueError, TypeError: a field of the wrong shape or type; the message says what to pass.
     """
 
-    causal: bool = False
-    q_offset: int | jax.Array = 0
-    window: tuple[int | None, int | None] | None = None
-    q_segment_ids: jax.Array | None = None
-    kv_segment_ids: jax.Array | None = None
-    kv_start: int | jax.Array | None = None
-    kv_end: int | jax.Array | None = None
-    array: jax.Array | None = None
+    # Of any type to a type checker: __post_init__ refuses the wrong ones, and names the fix.
+    causal: Any = False
+    q_offset: Any = 0
+    window: Any = None
+    q_segment_ids: Any = None
+    kv_segment_ids: Any = None
+    kv_start: Any = None
+    kv_end: Any = None
+    array: Any = None
 
     def __post_init__(self):
         if not isinstance(self.causal, bool | np.bool_):
-            raise TypeError(f"Mask(causal=) is a Python bool, got {type(self.causal).__name__}; "
-                            "to choose under jit, pass the choice as array=.")
+            raise TypeError(
+                f"Mask(causal=) is a Python bool, got {type(self.causal).__name__}; "
+                "to choose under jit, pass the choice as array=."
+            )
         _check_window(self.window)
         if isinstance(self.q_offset, numbers.Integral):
             object.__setattr__(self, "q_offset", int(self.q_offset))
@@ -59,18 +63,24 @@ class Mask:
         if (self.q_segment_ids is None) != (self.kv_segment_ids is None):
             given = "kv" if self.q_segment_ids is None else "q"
             other = "q" if given == "kv" else "kv"
-            raise ValueError(f"Mask got {given}_segment_ids alone; pass {other}_segment_ids too "
-                             "(the same array, when queries and keys are the same tokens).")
+            raise ValueError(
+                f"Mask got {given}_segment_ids alone; pass {other}_segment_ids too "
+                "(the same array, when queries and keys are the same tokens)."
+            )
         for name in ("q_segment_ids", "kv_segment_ids"):
             ids = getattr(self, name)
             if ids is not None and (ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer)):
                 length = "T" if name.startswith("q") else "S"
-                raise ValueError(f"Mask({name}=) is an integer array [B, {length}], "
-                                 f"got {ids.dtype}{list(ids.shape)}.")
+                raise ValueError(
+                    f"Mask({name}=) is an integer array [B, {length}], "
+                    f"got {ids.dtype}{list(ids.shape)}."
+                )
         if self.array is not None and (self.array.dtype != bool or self.array.ndim > 4):
-            raise TypeError("Mask(array=) is bool (True is visible) and broadcasts to "
-                            f"[B, N, T, S], got {self.array.dtype}{list(self.array.shape)}; "
-                            "numbers to add to the logits go in attention(bias=).")
+            raise TypeError(
+                "Mask(array=) is bool (True is visible) and broadcasts to "
+                f"[B, N, T, S], got {self.array.dtype}{list(self.array.shape)}; "
+                "numbers to add to the logits go in attention(bias=)."
+            )
 
     @property
     def features(self) -> frozenset[str]:
@@ -103,18 +113,22 @@ class Mask:
         for name, length in (("q_segment_ids", T), ("kv_segment_ids", S)):
             ids = getattr(self, name)
             if ids is not None and (ids.shape[0] not in (1, B) or ids.shape[1] != length):
-                raise ValueError(f"Mask({name}=) must be [{B}, {length}] for this call, "
-                                 f"got {list(ids.shape)}.")
+                raise ValueError(
+                    f"Mask({name}=) must be [{B}, {length}] for this call, got {list(ids.shape)}."
+                )
         for name in ("q_offset", "kv_start", "kv_end"):
             shape = np.shape(getattr(self, name)) if getattr(self, name) is not None else ()
             if shape not in ((), (1,), (B,)):
-                raise ValueError(f"Mask({name}=) must be a scalar or [{B}] for this call, "
-                                 f"got {list(shape)}.")
+                raise ValueError(
+                    f"Mask({name}=) must be a scalar or [{B}] for this call, got {list(shape)}."
+                )
         if self.array is not None:
             padded = (1,) * (4 - self.array.ndim) + self.array.shape
             if any(size not in (1, full) for size, full in zip(padded, (B, N, T, S), strict=True)):
-                raise ValueError(f"Mask(array=) must broadcast to [B, N, T, S] = {[B, N, T, S]}, "
-                                 f"got {list(self.array.shape)}.")
+                raise ValueError(
+                    f"Mask(array=) must broadcast to [B, N, T, S] = {[B, N, T, S]}, "
+                    f"got {list(self.array.shape)}."
+                )
 
     def as_array(self, B: int, N: int, T: int, S: int) -> jax.Array:
         """The meaning of this mask: bool [B, N, T, S], True where the key is visible.
@@ -205,9 +219,11 @@ class Mask:
             segments.q_segment_ids is other.q_segment_ids
             and segments.kv_segment_ids is other.kv_segment_ids
         ):
-            raise ValueError("Masks with two different sets of segment ids do not combine; number "
-                             "the pairs of ids afresh, or pass one of the two as "
-                             "array=mask.as_array(B, N, T, S).")
+            raise ValueError(
+                "Masks with two different sets of segment ids do not combine; number "
+                "the pairs of ids afresh, or pass one of the two as "
+                "array=mask.as_array(B, N, T, S)."
+            )
         return Mask(
             causal=self.causal or other.causal,
             q_offset=_common_offset(self, other),
@@ -272,13 +288,15 @@ def _check_window(window):
     sides = window if isinstance(window, tuple) and len(window) == 2 else (-1, -1)
     for side in sides:
         if side is not None and (not isinstance(side, numbers.Integral) or side < 0):
-            raise ValueError(f"Mask(window=) is (left, right), each a Python int >= 0 or None, "
-                             f"got {window!r}; the last W keys, own included, are "
-                             "window=(W - 1, 0).")
+            raise ValueError(
+                f"Mask(window=) is (left, right), each a Python int >= 0 or None, "
+                f"got {window!r}; the last W keys, own included, are "
+                "window=(W - 1, 0)."
+            )
 
 
 def _check_position(name, value):
-    if value is None and name != "q_offset" or isinstance(value, numbers.Integral):
+    if (value is None and name != "q_offset") or isinstance(value, numbers.Integral):
         return
     dtype = getattr(value, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or np.ndim(value) > 1:
@@ -293,9 +311,11 @@ def _common_offset(a, b):
         return b.q_offset
     if isinstance(a.q_offset, int) and isinstance(b.q_offset, int) and a.q_offset == b.q_offset:
         return a.q_offset
-    raise ValueError(f"Masks with different q_offset ({a.q_offset} and {b.q_offset}) do not "
-                     "combine; give both the same object, or pass one of the two as "
-                     "array=mask.as_array(B, N, T, S).")
+    raise ValueError(
+        f"Masks with different q_offset ({a.q_offset} and {b.q_offset}) do not "
+        "combine; give both the same object, or pass one of the two as "
+        "array=mask.as_array(B, N, T, S)."
+    )
 
 
 def _narrower(a, b):

@@ -14,7 +14,7 @@ def reference(q, k, v, bias, sinks, mask, dropout, scale, softcap):
     Arguments and results are those of `jaxformer_kernels.attention` once its defaults are filled
     in: `scale` a float, `bias` of four axes.
     """
-    B, T, N, H = q.shape
+    B, T, N = q.shape[:3]
     S, K = k.shape[1:3]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     q, k, v = (x.astype(wide) for x in (q, k, v))

@@ -16,7 +16,7 @@ from jax import lax
 
 from jaxformer_kernels import _compat
 from jaxformer_kernels.attention import blocks
-from jaxformer_kernels.attention.blocks import product
+from jaxformer_kernels.attention.blocks import collect, mix, scores
 
 ROWS = 256
 COLUMNS = 256
@@ -51,7 +51,7 @@ def _forward(options, q, k, v, bias, sinks, mask, seed):
             shrink = jnp.exp(top - finite)
             total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
             dropped = blocks.drop(options, seed, weights, t[0], s[0]).astype(vb.dtype)
-            return new_top, total, acc * shrink + product("bkgts,bksh->bkgth", dropped, vb)
+            return new_top, total, acc * shrink + mix(dropped, vb)
 
         shape = qb.shape[:-1]
         start = (
@@ -100,18 +100,19 @@ def _backward(options, residuals, gradients):
             bias_block = blocks.cut(blocks.cut(padded_bias, 3, *t), 4, *s)
             x, slope = blocks.logits(options, qb, kb, bias_block, padded_mask, t, s)
             p = jnp.exp(x - _at(lses, i))
-            value_gradient = product("bkgth,bksh->bkgts", dout, vb)
+            value_gradient = scores(dout, vb)
             before, after = blocks.logit_gradient(
                 options, seed, p, slope, value_gradient, _at(deltas, i), t[0], s[0]
             )
             dropped = blocks.drop(options, seed, p, t[0], s[0]).astype(q.dtype)
             before = before.astype(q.dtype)
-            dv = dv + product("bkgts,bkgth->bksh", dropped, dout)
-            dk = dk + product("bkgts,bkgth->bksh", before, qb)
-            dqs = _add_at(dqs, i, product("bkgts,bksh->bkgth", before, kb))
+            dv = dv + collect(dropped, dout)
+            dk = dk + collect(before, qb)
+            dqs = _add_at(dqs, i, mix(before, kb))
             if bias is not None:
-                corner = (0, 0, 0, *(0 if size == 1 else start for size, start in
-                                     zip(bias.shape[3:], (t[0], s[0]), strict=True)))
+                at_t = 0 if bias.shape[3] == 1 else t[0]
+                at_s = 0 if bias.shape[4] == 1 else s[0]
+                corner = (0, 0, 0, at_t, at_s)
                 block = blocks.sum_to(after, bias_block.shape)
                 block = block + lax.dynamic_slice(dbias, corner, block.shape)
                 dbias = lax.dynamic_update_slice(dbias, block, corner)
@@ -189,7 +190,7 @@ def _add_at(x, i, addend):
 
 
 def _possible(mask, T, S):
-    """bool [blocks of queries, blocks of keys]: False where no query can see any key.
+    """Table [blocks of queries, blocks of keys]: False where no query can see any key.
 
     A numpy array where the mask's static fields settle it.
     """

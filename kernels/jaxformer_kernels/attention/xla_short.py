@@ -10,9 +10,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxformer_kernels.attention import blocks
-from jaxformer_kernels.attention.blocks import product
+from jaxformer_kernels.attention.blocks import collect, mix, scores
 
 _MAX_GROUPS = 4
 _MIN_ROWS = 128
@@ -45,16 +46,18 @@ def _forward(options, q, k, v, bias, sinks, mask, seed):
         x, slope = blocks.logits(options, qb, kb, bias_block, mask, t, s)
         top = jnp.max(x, axis=-1, keepdims=True)
         sees = top != -jnp.inf
-        top = jnp.where(sees, top, 0.0)
+        # The barriers keep XLA from working out these row values again for every key.
+        top = lax.optimization_barrier(jnp.where(sees, top, 0.0))
         if sinks is not None:
             top = jnp.maximum(top, sinks[..., None, None])
         weights = jnp.exp(x - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         if sinks is not None:
             total = total + jnp.exp(sinks[..., None, None] - top)
-        p = weights * jnp.where(sees, 1 / total, 0.0)
+        inverse = lax.optimization_barrier(jnp.where(sees, 1 / total, 0.0))
+        p = weights * inverse
         dropped = blocks.drop(options, seed, p, t[0], s[0])
-        outs.append(product("bkgts,bksh->bkgth", dropped.astype(vb.dtype), vb).astype(q.dtype))
+        outs.append(mix(dropped.astype(vb.dtype), vb).astype(q.dtype))
         lses.append(jnp.where(sees, top + jnp.log(total), -jnp.inf)[..., 0])
         saved.append((p.astype(q.dtype), None if slope is None else slope.astype(q.dtype)))
     out, lse = _join(outs), _join(lses)
@@ -64,22 +67,22 @@ def _forward(options, q, k, v, bias, sinks, mask, seed):
 def _backward(options, residuals, gradients):
     q, k, v, bias, sinks, mask, seed, out, lse, saved = residuals
     out_gradient, lse_gradient = gradients
-    delta = blocks.delta(out, out_gradient, lse, lse_gradient)
+    delta = lax.optimization_barrier(blocks.delta(out, out_gradient, lse, lse_gradient))
     T, S = q.shape[3], k.shape[2]
     dqs, dk, dv, dbias = [], 0.0, 0.0, 0.0
     for (t, s), (p, slope) in zip(_groups(T, S, mask), saved, strict=True):
         qb, kb, vb, bias_block = _cut_operands(q, k, v, bias, t, s)
         dout, row_delta = (blocks.cut(x, 3, *t) for x in (out_gradient, delta))
         p = p.astype(delta.dtype)
-        value_gradient = product("bkgth,bksh->bkgts", dout, vb)
+        value_gradient = scores(dout, vb)
         before, after = blocks.logit_gradient(
             options, seed, p, slope, value_gradient, row_delta, t[0], s[0]
         )
         before = before.astype(q.dtype)
         dropped = blocks.drop(options, seed, p, t[0], s[0]).astype(q.dtype)
-        dqs.append(product("bkgts,bksh->bkgth", before, kb))
-        dk = dk + _place(product("bkgts,bkgth->bksh", before, qb), 2, s[0], S)
-        dv = dv + _place(product("bkgts,bkgth->bksh", dropped, dout), 2, s[0], S)
+        dqs.append(mix(before, kb))
+        dk = dk + _place(collect(before, qb), 2, s[0], S)
+        dv = dv + _place(collect(dropped, dout), 2, s[0], S)
         if bias is not None:
             block = blocks.sum_to(after, bias_block.shape)
             block = block if bias.shape[3] == 1 else _place(block, 3, t[0], T)
@@ -103,7 +106,7 @@ def _groups(T, S, mask):
     everything = [((0, T), (0, S))]
     rows = max(_MIN_ROWS, -(-T // _MAX_GROUPS))
     left, right = mask.bounds
-    if not isinstance(mask.q_offset, int) or T <= rows or (left is None and right is None):
+    if not isinstance(mask.q_offset, int) or rows >= T or (left is None and right is None):
         return everything
     groups, area = [], 0
     for first in range(0, T, rows):

@@ -1,0 +1,292 @@
+"""Every implementation against the reference in float64: outputs, log-sum-exp and all gradients."""
+
+import functools
+import itertools
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxformer_kernels import Dropout, Mask, attention
+from jaxformer_kernels.attention.shapes import SHAPES
+
+B, T, S, N, K, H, HV = 2, 9, 13, 4, 2, 8, 6
+
+FEATURES = (
+    "causal",
+    "window",
+    "q_offset",
+    "q_offset_per_row",
+    "segments",
+    "kv_range",
+    "mask_array",
+    "bias",
+    "sinks",
+    "softcap",
+    "dropout",
+    "grouped_heads",
+)
+
+
+def draw(seed, *shape):
+    return np.random.RandomState(seed).standard_normal(shape)
+
+
+def make_call(features):
+    """(differentiable operands, options) of a call with these features, operands in float64."""
+    keys = K if "grouped_heads" in features else N
+    operands = {"q": draw(0, B, T, N, H), "k": draw(1, B, S, keys, H), "v": draw(2, B, S, keys, HV)}
+    if "bias" in features:
+        operands["bias"] = draw(3, 1, N, T, S)
+    if "sinks" in features:
+        operands["sinks"] = draw(4, N)
+    rng = np.random.RandomState(5)
+    fields = {"causal": "causal" in features}
+    if "window" in features:
+        fields["window"] = (4, 3)
+    if "q_offset" in features:
+        fields["q_offset"] = 3
+    if "q_offset_per_row" in features:
+        fields["q_offset"] = jnp.array([5, -2])
+    if "segments" in features:
+        fields["q_segment_ids"] = jnp.asarray(np.sort(rng.randint(0, 3, (B, T))))
+        fields["kv_segment_ids"] = jnp.asarray(np.sort(rng.randint(0, 4, (B, S))))
+    if "kv_range" in features:
+        fields["kv_start"], fields["kv_end"] = jnp.array([0, 3]), jnp.array([8, 13])
+    if "mask_array" in features:
+        fields["array"] = jnp.asarray(rng.rand(B, 1, T, S) < 0.7)
+    options = {"mask": Mask(**fields)}
+    if "softcap" in features:
+        options["softcap"] = 1.5
+    if "dropout" in features:
+        options["dropout"] = Dropout(0.3, jax.random.key(7))
+    return operands, options
+
+
+def outcome(run, operands, options):
+    """Output, log-sum-exp and the gradients of a loss that uses both."""
+
+    def loss(operands, options):
+        out, lse = run(**operands, **options, return_lse=True)
+        seen = jnp.where(lse == -jnp.inf, 0.0, lse)
+        weights = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
+        lse_weights = jnp.sin(jnp.arange(lse.size)).reshape(lse.shape)
+        return jnp.sum(out * weights) + jnp.sum(seen * lse_weights), (out, lse)
+
+    gradients, (out, lse) = jax.grad(loss, has_aux=True)(operands, options)
+    return {"out": out, "lse": lse, **{f"d{name}": g for name, g in gradients.items()}}
+
+
+def compiled(run, options):
+    """`outcome` as a jitted function of the operands; mask and dropout key are arguments too."""
+    softcap = options.get("softcap")
+    arrays = {name: x for name, x in options.items() if name != "softcap"}
+
+    @jax.jit
+    def call(operands, arrays):
+        return outcome(run, operands, {**arrays, "softcap": softcap})
+
+    return lambda operands: call(operands, arrays)
+
+
+def cast(operands, dtype):
+    return {name: jnp.asarray(x, dtype) for name, x in operands.items()}
+
+
+@functools.cache
+def expected(features):
+    operands, options = make_call(features)
+    with jax.enable_x64(True):
+        run = functools.partial(attention, implementation="reference")
+        result = outcome(run, cast(operands, jnp.float64), options)
+    return {name: np.asarray(x) for name, x in result.items()}
+
+
+def check(run, features):
+    operands, options = make_call(features)
+    try:
+        got = compiled(run, options)(cast(operands, jnp.float32))
+    except NotImplementedError:
+        return
+    for name, want in expected(features).items():
+        np.testing.assert_allclose(got[name], want, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def covering_rows(strength):
+    """Few sets of features in which every `strength` of them occur in every on/off combination."""
+    rng = random.Random(0)
+    wanted = {
+        assignment
+        for names in itertools.combinations(FEATURES, strength)
+        for assignment in (
+            tuple(zip(names, values, strict=True))
+            for values in itertools.product((False, True), repeat=strength)
+        )
+    }
+    rows = [(), FEATURES]
+    while True:
+        covered = {
+            tuple((name, name in row) for name in names)
+            for row in rows
+            for names in itertools.combinations(FEATURES, strength)
+        }
+        missing = sorted(wanted - covered)
+        if not missing:
+            return [tuple(row) for row in rows]
+
+        def gain(row, missing=missing):
+            return sum(all((name in row) == on for name, on in a) for a in missing)
+
+        candidates = (tuple(name for name in FEATURES if rng.random() < 0.5) for _ in range(30))
+        rows.append(max(candidates, key=gain))
+
+
+@pytest.mark.parametrize("features", covering_rows(2), ids="+".join)
+def test_every_pair_of_features_is_right_or_refused(implementation, features):
+    check(implementation, features)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", covering_rows(3), ids="+".join)
+def test_every_three_features_are_right_or_refused(implementation, features):
+    check(implementation, features)
+
+
+def shape_call(shape):
+    operands = {
+        "q": draw(0, shape.B, shape.T, shape.N, shape.H),
+        "k": draw(1, shape.B, shape.S, shape.K, shape.H),
+        "v": draw(2, shape.B, shape.S, shape.K, shape.H),
+    }
+    if shape.bias:
+        operands["bias"] = draw(3, 1, shape.N, shape.T, shape.S)
+    if shape.sinks:
+        operands["sinks"] = draw(4, shape.N)
+    offset = shape.S - shape.T if shape.causal else 0
+    mask = Mask(causal=shape.causal, window=shape.window, q_offset=offset)
+    options = {"mask": mask} if shape.softcap is None else {"mask": mask, "softcap": shape.softcap}
+    return operands, options
+
+
+def plain(q, k, v, *, mask, bias=None, sinks=None, softcap=None, return_lse=True):
+    """Attention as one writes it first, every step in the dtype of the operands."""
+    heads = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, heads, axis=2), jnp.repeat(v, heads, axis=2)
+    x = jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
+    if softcap is not None:
+        x = softcap * jnp.tanh(x / softcap)
+    if bias is not None:
+        x = x + bias
+    x = jnp.where(mask.as_array(*x.shape), x, -jnp.inf)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks[None, :, None, None], (*x.shape[:-1], 1))
+        x = jnp.concatenate([x, sink], axis=-1)
+    p = jax.nn.softmax(x, axis=-1)[..., : k.shape[1]]
+    return jnp.einsum("bnts,bsnh->btnh", p, v), jax.nn.logsumexp(x, axis=-1)
+
+
+@functools.cache
+def shape_errors(name):
+    """(operands, options, float32 reference, largest errors of the plain bf16 computation)."""
+    operands, options = shape_call(SHAPES[name].scaled(length=24, heads=2, head_dim=16))
+    operands = cast(operands, jnp.bfloat16)
+    exactly = cast(operands, jnp.float32)
+    want = compiled(functools.partial(attention, implementation="reference"), options)(exactly)
+    want = {name: np.asarray(x) for name, x in want.items()}
+    return operands, options, want, errors(compiled(plain, options)(operands), want)
+
+
+def errors(got, want):
+    return {name: np.abs(np.asarray(got[name], np.float32) - x).max() for name, x in want.items()}
+
+
+@pytest.mark.parametrize("fast_implementation", ["xla_one_pass", "xla_blocked"], indirect=True)
+@pytest.mark.parametrize("name", SHAPES)
+def test_bfloat16_errs_at_most_twice_as_much_as_plain_bfloat16(fast_implementation, name):
+    operands, options, want, allowed = shape_errors(name)
+    got = errors(compiled(fast_implementation, options)(operands), want)
+    factor = 3 if "softcap" in options else 2
+    for result, error in got.items():
+        assert error <= factor * allowed[result] + 1e-6, f"{result}: {error} > {allowed[result]}"
+
+
+def test_a_rerun_is_bitwise_equal(fast_implementation):
+    operands, options = make_call(("causal", "bias", "sinks", "dropout", "grouped_heads"))
+    run = compiled(fast_implementation, options)
+    operands = cast(operands, jnp.float32)
+    first, second = run(operands), run(operands)
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def test_rows_that_see_nothing_give_nothing_and_get_no_gradient(implementation):
+    """Row 0 of the first sequence sees no key; the second sequence sees none at all."""
+    operands, options = make_call(("bias", "sinks", "softcap", "grouped_heads"))
+    visible = np.ones((B, 1, T, S), bool)
+    visible[0, :, 0], visible[1] = False, False
+    options["mask"] = Mask(array=jnp.asarray(visible))
+    operands = cast(operands, jnp.float32)
+
+    def loss(operands):
+        out, lse = implementation(**operands, **options, return_lse=True)
+        # exp, as in a merge of partial results, and a square, which is infinite here.
+        return jnp.sum(out**2) + jnp.sum(jnp.exp(lse)) + jnp.sum(lse[:, :, 1:] ** 2), (out, lse)
+
+    gradients, (out, lse) = jax.jit(jax.grad(loss, has_aux=True))(operands)
+    assert not np.any(out[0, 0]) and not np.any(out[1])
+    assert np.all(lse[0, :, 0] == -np.inf) and np.all(lse[1] == -np.inf)
+    assert np.all(np.isfinite(lse[0, :, 1:]))
+    for name, gradient in gradients.items():
+        assert np.all(np.isfinite(gradient)), name
+    assert not np.any(gradients["q"][0, 0]) and not np.any(gradients["q"][1])
+    assert not np.any(gradients["k"][1]) and not np.any(gradients["v"][1])
+    assert not np.any(gradients["bias"][:, :, 0])
+
+    options["mask"] = Mask(kv_end=0)
+    gradients, (out, lse) = jax.jit(jax.grad(loss, has_aux=True))(operands)
+    assert not np.any(out) and np.all(lse == -np.inf)
+    for name, gradient in gradients.items():
+        assert not np.any(gradient), name
+
+
+def test_an_infinite_bias_hides_like_a_mask(implementation):
+    operands, _ = make_call(())
+    q, k, v = cast(operands, jnp.float32).values()
+    visible = jnp.asarray(np.random.RandomState(0).rand(1, 1, T, S) < 0.5).at[:, :, 2].set(False)
+    bias = jnp.where(visible, 0.0, -jnp.inf)
+    out, pull = jax.vjp(lambda q, bias: implementation(q, k, v, bias=bias), q, bias)
+    np.testing.assert_array_equal(out, implementation(q, k, v, mask=Mask(array=visible)))
+    dq, dbias = pull(out)
+    assert np.all(np.isfinite(dq)) and not np.any(np.where(visible, 0.0, dbias))
+
+
+def test_one_document_of_a_packed_row_never_touches_another_bitwise(fast_implementation):
+    operands, _ = make_call(())
+    q, k, v = (x[:, :T] for x in cast(operands, jnp.float32).values())
+    ids = jnp.array([[1, 1, 1, 2, 2, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 0, 0, 0]])
+    mask = Mask(causal=True, q_segment_ids=ids, kv_segment_ids=ids)
+    first = (ids == 1)[:, :, None, None]
+
+    @jax.jit
+    def run(q, k, v):
+        out, pull = jax.vjp(lambda q, k, v: fast_implementation(q, k, v, mask=mask), q, k, v)
+        return out, *pull(jnp.cos(q[..., :HV]))
+
+    before = run(q, k, v)
+    after = run(*(jnp.where(first, 3 * x + 1, x) for x in (q, k, v)))
+    for x, y in zip(before, after, strict=True):
+        np.testing.assert_array_equal(np.where(first, 0, x), np.where(first, 0, y))
+        assert np.any(np.where(first, x != y, False))
+
+
+def test_a_token_never_touches_what_came_before_it_bitwise(fast_implementation):
+    operands, _ = make_call(())
+    q, k, v = (x[:, :T] for x in cast(operands, jnp.float32).values())
+    run = jax.jit(lambda q, k, v: fast_implementation(q, k, v, mask=Mask(causal=True)))
+    before = run(q, k, v)
+    for t in range(T):
+        after = run(*(x.at[:, t].multiply(-2.0) for x in (q, k, v)))
+        np.testing.assert_array_equal(before[:, :t], after[:, :t])
+        assert np.any(before[:, t] != after[:, t])
