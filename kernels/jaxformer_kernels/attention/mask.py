@@ -26,7 +26,8 @@ class Mask:
         causal: Python bool: s <= p.
         q_offset: int (static), or integer array, scalar or [B]: the place of query 0 among the
             keys. Used by `causal` and `window` only. In decoding, the number of cached keys.
-        window: None, or (left, right), each an int or None: p - left <= s <= p + right; None on a side leaves it unbounded.
+        window: (left, right), Python ints: p - left <= s <= p + right; None on a side leaves it
+            unbounded.
         q_segment_ids, kv_segment_ids: int [B, T] and [B, S]: equal ids see each other. No id is
             special: padding is a segment of its own (by habit id 0), whose rows see each other.
         kv_start, kv_end: int, or integer array, scalar or [B]: kv_start <= s < kv_end.
