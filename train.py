@@ -13,25 +13,25 @@ from rich.console import Console
 from jaxformer import config as configuration
 from jaxformer import models, nn
 from jaxformer.arguments import parse
-from jaxformer.config import Config, ConfigError
+from jaxformer.config import Config
 from jaxformer.data import (
-    DataError,
     build_tokenizers,
     encode_corpus,
     evaluation_batches,
     load_corpus,
     training_batches,
 )
+from jaxformer.errors import JaxformerError
 from jaxformer.training import report
-from jaxformer.training.checkpoint import CheckpointError, Checkpoints
+from jaxformer.training.checkpoint import Checkpoints
 from jaxformer.training.evaluation import evaluate, make_loss, mean_loss
 from jaxformer.training.optimizer import make_optimizer, make_schedule
 from jaxformer.training.progress import TrainingProgress
-from jaxformer.training.run import RunError, open_run, vocabularies
+from jaxformer.training.run import open_run, vocabularies
 from jaxformer.training.state import init_state
 from jaxformer.training.step import make_train_step
 from jaxformer.training.stopping import StopRequest
-from jaxformer.training.tracking import Tracker, TrackingError
+from jaxformer.training.tracking import Tracker
 
 
 def train(config: Config, console: Console) -> int:
@@ -55,7 +55,7 @@ def train(config: Config, console: Console) -> int:
     say("epoch", f"{batches.batches_per_epoch:,} steps of {rows} rows")
     dev = (
         evaluation_batches(data, config.data, "dev", batch_size=config.eval.batch_size)
-        if "dev" in data.splits
+        if "dev" in data.filled
         else []
     )
     dev_sample = dev[: config.eval.max_batches] if config.eval.max_batches else dev
@@ -64,7 +64,7 @@ def train(config: Config, console: Console) -> int:
     model = models.build(config.model, **vocabularies(tokenizers), seed=config.seed)
     apply, params = nn.pure(model)
     say("model", report.model(config, params))
-    say("attention", report.attention(config, data))
+    say("attention", report.attention(config, apply, params, batches.source[0]))
 
     # ---------------------------------------------------------------- State and step
     optimizer = make_optimizer(config.optimizer, config.train.steps, nn.parameter_axes(model))
@@ -125,8 +125,8 @@ def train(config: Config, console: Console) -> int:
         return 128 + int(stop.number or 0)
 
     # ---------------------------------------------------------------- Scores
-    split = config.eval.final_split if config.eval.final_split in data.splits else "dev"
-    if split in data.splits:
+    split = config.eval.final_split if config.eval.final_split in data.filled else "dev"
+    if split in data.filled:
         scores, decoded = evaluate(
             apply,
             state.evaluated,
@@ -161,8 +161,10 @@ def main() -> int:
     console = Console(soft_wrap=True)
     try:
         return train(parse(sys.argv[1:]), console)
-    except (ConfigError, DataError, RunError, CheckpointError, TrackingError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="bold red", markup=False)
+    except JaxformerError as error:
+        Console(stderr=True, soft_wrap=True).print(
+            f"error: {error}", style="bold red", markup=False
+        )
         return 2
 
 

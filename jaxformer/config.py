@@ -9,15 +9,18 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from jaxformer.errors import JaxformerError
 
 ConfigType = typing.TypeVar("ConfigType")
 TokenizerName = Literal["byte", "character", "word", "bpe"]
 
 
-class ConfigError(ValueError):
+class ConfigError(JaxformerError):
     """A configuration that cannot work; the message names the field and the fix."""
 
 
@@ -58,7 +61,7 @@ class DataConfig:
     buckets: int = 4
     """pairs: number of length buckets, so of batch shapes that are compiled."""
     on_bad: Literal["error", "skip"] = "error"
-    """What an unusable line or file does: stop with an error, or be skipped, counted and reported."""
+    """Unusable lines or files: stop with an error, or leave them out, counted and reported."""
     workers: int = 0
     """Processes that prepare batches; 0 uses threads of this process."""
 
@@ -369,7 +372,7 @@ def from_dict(cls: type[ConfigType], values: dict[str, Any]) -> ConfigType:
     return cls(**arguments)
 
 
-def _nearest(name: str, names: typing.Iterable[str]) -> str:
+def _nearest(name: str, names: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 

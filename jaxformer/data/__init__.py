@@ -20,13 +20,13 @@ from jaxformer.data.corpus import (
     TextCorpus,
 )
 from jaxformer.data.encoding import Data, PairData, PairSplit, Stream, TextData, encode_corpus
+from jaxformer.data.given import pair_batches, source_batches, text_batches
 from jaxformer.data.load import load_corpus
 from jaxformer.data.packing import TextBatches
 from jaxformer.data.pipeline import (
     BatchIterator,
     OnePass,
     evaluation_batches,
-    source_batches,
     training_batches,
 )
 from jaxformer.data.plan import Batch
@@ -70,6 +70,8 @@ __all__ = [
     "evaluation_batches",
     "load_corpus",
     "load_tokenizer",
+    "pair_batches",
     "source_batches",
+    "text_batches",
     "training_batches",
 ]

@@ -5,11 +5,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxformer.errors import JaxformerError
+
 SPLITS = ("train", "dev", "test")
 LOCATIONS_SHOWN = 3
 
 
-class DataError(ValueError):
+class DataError(JaxformerError):
     """Data that cannot be used; the message names the file, the line and the fix."""
 
 

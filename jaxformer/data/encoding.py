@@ -102,6 +102,11 @@ class TextData:
     splits: dict[str, Stream]
     report: Report
 
+    @property
+    def filled(self) -> tuple[str, ...]:
+        """The splits that hold something."""
+        return tuple(name for name, stream in self.splits.items() if len(stream.documents))
+
 
 @dataclass(frozen=True)
 class PairSplit:
@@ -129,6 +134,11 @@ class PairData:
 
     splits: dict[str, PairSplit]
     report: Report
+
+    @property
+    def filled(self) -> tuple[str, ...]:
+        """The splits that hold something."""
+        return tuple(name for name, split in self.splits.items() if split.examples)
 
 
 Data = TextData | PairData
@@ -172,7 +182,9 @@ def _encode_pairs(
     report = corpus.report.copy()
     splits = {}
     for split in SPLITS:
-        splits[split] = encoded = _pair_split(corpus.splits[split], source, target, config, report)
+        splits[split] = encoded = encode_examples(
+            corpus.splits[split], source, target, config, report
+        )
         report.count(split, "source tokens", len(encoded.sources.tokens))
         report.count(split, "target tokens", len(encoded.targets.tokens))
         if split != "train":
@@ -203,13 +215,14 @@ def _encode_pairs(
     return PairData(splits, report)
 
 
-def _pair_split(
+def encode_examples(
     examples: tuple[Example, ...],
     source_tokenizer: Tokenizer,
     target_tokenizer: Tokenizer,
     config: DataConfig,
     report: Report,
 ) -> PairSplit:
+    """Examples as ids; what is too long is an error or counted, as `config.on_bad` says."""
     encoded_sources = source_tokenizer.encode_all([example.source for example in examples])
     encoded_targets = iter(
         target_tokenizer.encode_all([text for example in examples for text in example.references])

@@ -7,20 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
-import numpy as np
 
 from jaxformer.config import DataConfig
 from jaxformer.data.bucketing import PairBatches
-from jaxformer.data.corpus import DataError
-from jaxformer.data.encoding import Data, Ragged, TextData
+from jaxformer.data.encoding import Data, TextData
 from jaxformer.data.packing import TextBatches
 from jaxformer.data.plan import Batch, EpochPlans
-from jaxformer.data.pronunciation import normalise_word
-from jaxformer.data.tokenizers import EOS, Tokenizers
 
 READ_AHEAD = 8
 EVALUATION_SEED = 0
-SMALLEST_SOURCE = 8
 
 
 class BatchIterator(Iterator[Batch]):
@@ -190,58 +185,3 @@ def _source(
             data.splits[split], config.length, batch_size, seed, training=training, **place
         )
     return PairBatches(data.splits[split], batch_size, seed, with_index=not training, **place)
-
-
-def source_batches(
-    sources: Sequence[str], tokenizers: Tokenizers, config: DataConfig, *, batch_size: int
-) -> list[Batch]:
-    """Batches of sources alone, to decode: any text, seen in training or not.
-
-    Each has `source`, `source_segment_ids` int32[B, S] and `index` int32[B], the place in
-    `sources`, -1 in an empty row. Sources of like length go together. So that few shapes are
-    compiled, S is a power of two (or the longest allowed), and B is `batch_size`, or the power of
-    two that holds all sources if there are fewer. Raises DataError on an empty source and on one
-    longer than the model takes.
-    """
-    if tokenizers.source is None:
-        raise ValueError("a language model has no sources to decode")
-    limit = config.max_source_length
-    sequences = []
-    for number, text in enumerate(sources, start=1):
-        normal = normalise_word(text) if config.kind == "pronunciation" else text.strip()
-        if not normal:
-            raise DataError(f"source {number} is empty. Fix: remove the line")
-        try:
-            sequence = tokenizers.source.encode_array(normal)
-        except UnicodeEncodeError:
-            fix = "Fix: read the sources as UTF-8"
-            raise DataError(f"source {number} is not valid Unicode: {text[:40]!r}. {fix}") from None
-        if len(sequence) + 1 > limit:
-            raise DataError(
-                f"source {number} has {len(sequence) + 1} tokens, <eos> included; the model takes "
-                f"{limit}. Fix: shorten {text[:40]!r}"
-            )
-        sequences.append(sequence)
-    if not sequences:
-        return []
-    ragged = Ragged.build(sequences, len(tokenizers.source), last=EOS)
-    rows = min(batch_size, _power_of_two(len(sequences)))
-    order = np.argsort(ragged.lengths, kind="stable")
-    order = np.concatenate([order, np.full(-len(order) % rows, -1)])
-    batches = []
-    for index in order.reshape(-1, rows):
-        longest = int(ragged.lengths[index[index >= 0]].max())
-        width = min(max(_power_of_two(longest), SMALLEST_SOURCE), limit)
-        source, real = ragged.gather(index, width)
-        batches.append(
-            {
-                "source": source,
-                "source_segment_ids": real.astype(np.int32),
-                "index": index.astype(np.int32),
-            }
-        )
-    return batches
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()

@@ -26,7 +26,7 @@ def make_translate(
     n_best: int = 1,
     min_length: int = 0,
     length_penalty: float = 0.6,
-) -> Callable[[Params, Int[Array, "B S"], Int[Array, "B S"]], Beams]:
+) -> Callable[..., Beams]:
     """A compiled `translate(params, source, source_segment_ids) -> Beams` of an encoder-decoder.
 
     Beam search, or greedy search where `beam` is 1 and one hypothesis is wanted. `max_length`
@@ -39,9 +39,17 @@ def make_translate(
         step = _step(apply, params)
         first = jnp.full((source.shape[0], 1), SOS, jnp.int32)
         logits, cache = step(first, cache)
-        options = dict(max_length=max_length, eos_id=EOS, pad_id=PAD, forbidden=FORBIDDEN)
         if beam == 1 and n_best == 1:
-            found = greedy(step, cache, logits, min_length=min_length, **options)
+            found = greedy(
+                step,
+                cache,
+                logits,
+                max_length=max_length,
+                min_length=min_length,
+                eos_id=EOS,
+                pad_id=PAD,
+                forbidden=FORBIDDEN,
+            )
             penalty = ((5 + found.lengths + found.finished) / 6) ** length_penalty
             return Beams(
                 tokens=found.tokens[:, None],
@@ -58,7 +66,10 @@ def make_translate(
             n_best=n_best,
             min_length=min_length,
             length_penalty=length_penalty,
-            **options,
+            max_length=max_length,
+            eos_id=EOS,
+            pad_id=PAD,
+            forbidden=FORBIDDEN,
         )
 
     return translate
@@ -72,7 +83,7 @@ def make_generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-) -> Callable[[Params, Int[Array, "B P"], Int[Array, " B"], PRNGKeyArray], Sampled]:
+) -> Callable[..., Sampled]:
     """A compiled `generate(params, prompts, start, key) -> Sampled` of a decoder.
 
     `prompts` are padded on the left: row b's tokens begin at column `start[b]`. `max_length` counts
@@ -102,7 +113,7 @@ def make_generate(
     return generate
 
 
-def make_score(apply: Apply) -> Callable[[Params, dict[str, Array]], Float[Array, " B"]]:
+def make_score(apply: Apply) -> Callable[..., Float[Array, " B"]]:
     """A compiled `score(params, batch)`: log-probability of each row's targets, in nats.
 
     The targets are given, not searched for (teacher forcing); both model kinds.

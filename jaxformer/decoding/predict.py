@@ -10,10 +10,11 @@ from jaxformer.config import Config
 from jaxformer.data import Tokenizers, source_batches
 from jaxformer.data.tokenizers import PAD, SOS
 from jaxformer.decoding.generate import Apply, make_generate, make_translate
+from jaxformer.errors import JaxformerError
 from jaxformer.nn.parameters import Params
 
 
-class PredictionError(ValueError):
+class PredictionError(JaxformerError):
     """A request that the model cannot serve; the message says what it can."""
 
 

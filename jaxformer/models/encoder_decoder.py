@@ -2,11 +2,10 @@
 
 import dataclasses
 
-from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
-
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformer.config import ModelConfig
 from jaxformer.models.transformer import Output, Transformer, make_embedding
@@ -25,9 +24,7 @@ class EncoderDecoder(nnx.Module):
         self.source_embedding = (
             None if config.shared_embeddings else make_embedding(config, source_vocabulary, rngs)
         )
-        encoder_layers = (
-            config.layers if config.encoder_layers is None else config.encoder_layers
-        )
+        encoder_layers = config.layers if config.encoder_layers is None else config.encoder_layers
         self.encoder = Transformer(
             config, layers=encoder_layers, causal=False, cross=False, rngs=rngs
         )
@@ -69,6 +66,23 @@ class EncoderDecoder(nnx.Module):
         """Hidden states of the source."""
         embedding = self.embedding if self.source_embedding is None else self.source_embedding
         return self.encoder(embedding(source), segment_ids=source_segment_ids, key=key)
+
+    def cross_attention_weights(
+        self,
+        source: Int[Array, "B S"],
+        inputs: Int[Array, "B T"],
+        *,
+        source_segment_ids: Int[Array, "B S"] | None = None,
+    ) -> Float[Array, "L B T N S"]:
+        """How much each target place attends to each source token, by layer and head."""
+        record: list[Array] = []
+        self.decoder(
+            self.embedding(inputs),
+            source=self.encode(source, source_segment_ids=source_segment_ids),
+            source_segment_ids=source_segment_ids,
+            record=record,
+        )
+        return jnp.stack(record)
 
     def init_cache(
         self, source: Int[Array, "B S"], source_segment_ids: Int[Array, "B S"], length: int

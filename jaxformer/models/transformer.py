@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxformer_kernels import Mask
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformer.config import ModelConfig
@@ -14,6 +13,7 @@ from jaxformer.nn import Block, Cache, Embedding, dropout, run_layers, stack_lay
 from jaxformer.nn.block import make_norm
 from jaxformer.nn.linear import Linear
 from jaxformer.nn.position import RelativeBias, alibi, sinusoidal
+from jaxformer_kernels import Mask
 
 
 def make_embedding(config: ModelConfig, vocabulary: int, rngs: nnx.Rngs) -> Embedding:
@@ -75,10 +75,12 @@ class Transformer(nnx.Module):
         source: Float[Array, "B S D"] | None = None,
         source_segment_ids: Int[Array, "B S"] | None = None,
         key: PRNGKeyArray | None = None,
+        record: list[Array] | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states of a whole sequence.
 
-        Tokens attend within their segment only. `positions` default to 0, 1, 2, ...
+        Tokens attend within their segment only. `positions` default to 0, 1, 2, ... Each layer's
+        cross-attention weights [B, T, N, S] are appended to `record`, if given.
         """
         tokens = embedded.shape[1]
         if positions is None:
@@ -95,26 +97,31 @@ class Transformer(nnx.Module):
             if segment_ids is None:
                 segment_ids = jnp.ones(embedded.shape[:2], jnp.int32)
             cross_mask = Mask(q_segment_ids=segment_ids, kv_segment_ids=source_segment_ids)
-        shared = dict(
-            mask=mask,
-            bias=self._bias(places, places),
-            positions=positions if self.config.position == "rotary" else None,
-            source=source,
-            cross_mask=cross_mask,
-        )
+        bias = self._bias(places, places)
+        rotated = positions if self.config.position == "rotary" else None
         input_key, layer_keys = self._keys(key)
         x = self._enter(embedded, positions, input_key)
 
         def layer(block: Block, x: Array, item: Any) -> Array:
-            return block(x, key=item["key"], **shared)[0]
+            x, _ = block(
+                x,
+                mask=mask,
+                bias=bias,
+                positions=rotated,
+                source=source,
+                cross_mask=cross_mask,
+                key=item["key"],
+                record=record,
+            )
+            return x
 
         x = run_layers(
             layer,
             self.blocks,
             x,
             {"key": layer_keys},
-            scan=self.config.scan,
-            remat=self.config.remat,
+            scan=self.config.scan and record is None,
+            remat=self.config.remat if record is None else "none",
         )
         return x if self.norm is None else self.norm(x)
 
@@ -129,20 +136,24 @@ class Transformer(nnx.Module):
         if cache.source_segment_ids is not None:
             ones = jnp.ones(embedded.shape[:2], jnp.int32)
             cross_mask = Mask(q_segment_ids=ones, kv_segment_ids=cache.source_segment_ids)
-        shared = dict(
-            mask=mask,
-            bias=self._bias(
-                cache.index + jnp.arange(tokens, dtype=jnp.int32),
-                jnp.arange(cache.length, dtype=jnp.int32),
-            ),
-            positions=positions if self.config.position == "rotary" else None,
-            cross_mask=cross_mask,
-        )
+        places = cache.index + jnp.arange(tokens, dtype=jnp.int32)
+        bias = self._bias(places, jnp.arange(cache.length, dtype=jnp.int32))
+        rotated = positions if self.config.position == "rotary" else None
         x = self._enter(embedded, positions, None)
 
         def layer(block: Block, carry: tuple[Array, Cache], item: Any) -> tuple[Array, Cache]:
             x, cache = carry
-            return block(x, cache=cache, layer=item["layer"], **shared)
+            x, extended = block(
+                x,
+                mask=mask,
+                bias=bias,
+                positions=rotated,
+                cross_mask=cross_mask,
+                cache=cache,
+                layer=item["layer"],
+            )
+            assert extended is not None
+            return x, extended
 
         layers = {"layer": jnp.arange(self.layers)}
         x, cache = run_layers(layer, self.blocks, (x, cache), layers, scan=self.config.scan)
@@ -159,7 +170,7 @@ class Transformer(nnx.Module):
     ) -> Array:
         config = self.config
         x = embedded * math.sqrt(config.width) if config.embedding_scale else embedded
-        if config.position == "learned":
+        if self.positions is not None:
             x = x + self.positions(positions)
         elif config.position == "sinusoidal":
             x = x + sinusoidal(positions, config.width).astype(x.dtype)
@@ -204,9 +215,7 @@ class Output(nnx.Module):
             )
         )
 
-    def __call__(
-        self, x: Float[Array, "B T D"], embedding: Embedding
-    ) -> Float[Array, "B T V"]:
+    def __call__(self, x: Float[Array, "B T D"], embedding: Embedding) -> Float[Array, "B T V"]:
         """Logits, float32."""
         config = self.config
         if config.output_scale != 1.0:

@@ -1,8 +1,9 @@
 """Multi-head attention: projections around the attention kernel."""
 
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
-from jaxformer_kernels import Dropout, Mask, attention
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformer.config import ModelConfig
@@ -10,6 +11,7 @@ from jaxformer.nn.cache import Cache
 from jaxformer.nn.linear import Linear
 from jaxformer.nn.norm import RMSNorm
 from jaxformer.nn.position import rotary
+from jaxformer_kernels import Dropout, Mask, attention
 
 
 class Attention(nnx.Module):
@@ -25,19 +27,26 @@ class Attention(nnx.Module):
         width = {"D": config.width}
         query_axes = {"N": config.heads, "H": head_dim}
         key_axes = {"K": config.kv_heads or config.heads, "H": head_dim}
-        options = dict(
+        linear = functools.partial(
+            Linear,
             bias=config.bias,
             rngs=rngs,
             param_dtype=config.param_dtype,
             compute_dtype=config.compute_dtype,
         )
-        self.query = Linear(width, query_axes, **options)
-        self.key = Linear(width, key_axes, **options)
-        self.value = Linear(width, key_axes, **options)
-        self.out = Linear(query_axes, width, scale=scale, **options)
-        norms = dict(epsilon=config.norm_epsilon, param_dtype=config.param_dtype, rngs=rngs)
-        self.query_norm = RMSNorm({"H": head_dim}, **norms) if config.qk_norm else None
-        self.key_norm = RMSNorm({"H": head_dim}, **norms) if config.qk_norm else None
+        self.query = linear(width, query_axes)
+        self.key = linear(width, key_axes)
+        self.value = linear(width, key_axes)
+        self.out = linear(query_axes, width, scale=scale)
+        norm = functools.partial(
+            RMSNorm,
+            {"H": head_dim},
+            epsilon=config.norm_epsilon,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
+        self.query_norm = norm() if config.qk_norm else None
+        self.key_norm = norm() if config.qk_norm else None
 
     def keys_values(
         self, source: Float[Array, "B S D"], positions: Int[Array, "B S"] | None = None
@@ -62,11 +71,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attends from x to keys and values; queries are rotated to `positions` where given."""
         config = self.config
-        queries = self.query(x)
-        if self.query_norm is not None:
-            queries = self.query_norm(queries)
-        if positions is not None:
-            queries = rotary(queries, positions, config.rotary_base)
+        queries = self._queries(x, positions)
         operands = (array.astype(config.compute_dtype) for array in (queries, *keys_values))
         dropped = (
             Dropout(config.attention_dropout, key)
@@ -83,6 +88,33 @@ class Attention(nnx.Module):
             implementation=config.attention,
         )
         return self.out(mixed)
+
+    def weights(
+        self, x: Float[Array, "B T D"], keys: Float[Array, "B S K H"], *, mask: Mask
+    ) -> Float[Array, "B T N S"]:
+        """How much each head of each place of x attends to each key; for looking at, not speed."""
+        # Mixing unit vectors in place of values leaves the weights themselves.
+        B, S, K, _ = keys.shape
+        units = jnp.broadcast_to(jnp.eye(S, dtype=keys.dtype)[None, :, None], (B, S, K, S))
+        config = self.config
+        return attention(
+            self._queries(x, None),
+            keys,
+            units,
+            mask=mask,
+            softcap=config.attention_softcap,
+            scale=config.attention_scale,
+        )
+
+    def _queries(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | None
+    ) -> Float[Array, "B T N H"]:
+        queries = self.query(x)
+        if self.query_norm is not None:
+            queries = self.query_norm(queries)
+        if positions is not None:
+            queries = rotary(queries, positions, self.config.rotary_base)
+        return queries
 
 
 def self_attention(

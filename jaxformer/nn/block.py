@@ -1,11 +1,11 @@
 """One Transformer layer: self-attention, cross-attention where there is a source, feed-forward."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxformer_kernels import Mask
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformer.config import ModelConfig
@@ -14,14 +14,18 @@ from jaxformer.nn.cache import Cache
 from jaxformer.nn.dropout import dropout
 from jaxformer.nn.feedforward import FeedForward
 from jaxformer.nn.norm import LayerNorm, RMSNorm
+from jaxformer_kernels import Mask
 
 
 def make_norm(config: ModelConfig, rngs: nnx.Rngs) -> LayerNorm | RMSNorm:
     """The normalisation that the configuration names, over the width."""
-    options = dict(epsilon=config.norm_epsilon, param_dtype=config.param_dtype, rngs=rngs)
-    if config.norm == "rmsnorm":
-        return RMSNorm({"D": config.width}, **options)
-    return LayerNorm({"D": config.width}, bias=config.bias, **options)
+    make = RMSNorm if config.norm == "rmsnorm" else functools.partial(LayerNorm, bias=config.bias)
+    return make(
+        {"D": config.width},
+        epsilon=config.norm_epsilon,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )
 
 
 class Block(nnx.Module):
@@ -55,11 +59,13 @@ class Block(nnx.Module):
         key: PRNGKeyArray | None = None,
         cache: Cache | None = None,
         layer: Int[Array, ""] | int = 0,
+        record: list[Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """One layer. `positions` are given for rotary positions only.
 
         With a cache, keys and values of x are written into it, and those of the source are read
-        from it (`source` is then None). Returns the output and the cache.
+        from it (`source` is then None). The weights of the cross-attention are appended to
+        `record`, if given. Returns the output and the cache.
         """
         config = self.config
         keys = jax.random.split(key, 6) if key is not None else [None] * 6
@@ -84,17 +90,22 @@ class Block(nnx.Module):
             return y
 
         def attend_source(y: Array) -> Array:
+            assert self.cross_attention is not None and cross_mask is not None
             if cache is not None:
+                assert cache.cross_keys is not None and cache.cross_values is not None
                 keys_values = (
                     jnp.take(cache.cross_keys, layer, axis=0),
                     jnp.take(cache.cross_values, layer, axis=0),
                 )
             else:
+                assert source is not None
                 keys_values = self.cross_attention.keys_values(source)
+            if record is not None:
+                record.append(self.cross_attention.weights(y, keys_values[0], mask=cross_mask))
             return self.cross_attention(y, keys_values, mask=cross_mask, key=keys[2])
 
         x = residual(x, self.attention_norm, attend, keys[1])
-        if self.cross_attention is not None:
+        if self.cross_attention_norm is not None:
             x = residual(x, self.cross_attention_norm, attend_source, keys[3])
         x = residual(x, self.feedforward_norm, self.feedforward, keys[4])
         return x, cache

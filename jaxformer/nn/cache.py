@@ -79,11 +79,11 @@ class Cache:
         def gather(leaf: Array | None, axis: int) -> Array | None:
             return None if leaf is None else jnp.take(leaf, rows, axis=axis)
 
-        return Cache(
-            keys=gather(self.keys, 1),
-            values=gather(self.values, 1),
-            index=self.index,
-            start=gather(self.start, 0),
+        return dataclasses.replace(
+            self,
+            keys=jnp.take(self.keys, rows, axis=1),
+            values=jnp.take(self.values, rows, axis=1),
+            start=jnp.take(self.start, rows, axis=0),
             cross_keys=gather(self.cross_keys, 1),
             cross_values=gather(self.cross_values, 1),
             source_segment_ids=gather(self.source_segment_ids, 0),

@@ -36,7 +36,7 @@ class Embedding(nnx.Module):
         return self.table[...][tokens].astype(activation_dtype(self.compute_dtype))
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Logits, float32: the inner product of x with every row of the table (Press & Wolf, 2017)."""
+        """Logits, float32: inner products of x with the rows of the table (Press & Wolf, 2017)."""
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        logits = matmul(rows, self.table[...].T, self.compute_dtype)
+        logits = matmul(rows, self.table[...], self.compute_dtype, True)
         return logits.reshape(*x.shape[:-1], -1)

@@ -24,16 +24,17 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, scale: float = 1.0, rngs: nnx.Rngs):
         width, hidden = {"D": config.width}, {"F": config.feedforward or 4 * config.width}
-        options = dict(
+        linear = functools.partial(
+            Linear,
             bias=config.bias,
             rngs=rngs,
             param_dtype=config.param_dtype,
             compute_dtype=config.compute_dtype,
         )
         self.activation = config.activation
-        self.gate = Linear(width, hidden, **options) if config.activation in GATED else None
-        self.up = Linear(width, hidden, **options)
-        self.down = Linear(hidden, width, scale=scale, **options)
+        self.gate = linear(width, hidden) if config.activation in GATED else None
+        self.up = linear(width, hidden)
+        self.down = linear(hidden, width, scale=scale)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         activation = ACTIVATIONS[self.activation]

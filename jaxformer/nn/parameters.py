@@ -63,7 +63,7 @@ def parameter_axes(model: nnx.Module) -> Params:
     """The axis names of every parameter, in the same nested dict as `pure` gives the arrays."""
     axes = nnx.to_pure_dict(nnx.state(model))
     for path, param in nnx.to_flat_state(nnx.state(model)):
-        node = axes
+        node: Any = axes
         for name in path[:-1]:
             node = node[name]
         node[path[-1]] = param.get_metadata()["axes"]

@@ -26,7 +26,7 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.
 
 
 def run_layers(
-    layer: Callable[[nnx.Module, Carry, Any], Carry],
+    layer: Callable[[Any, Carry, Any], Carry],
     stacked: nnx.Module,
     carry: Carry,
     per_layer: Any,

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from jaxformer.errors import JaxformerError
 from jaxformer.nn.parameters import Params
 from jaxformer.training.state import TrainState
 
 METRIC = "dev_loss"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(JaxformerError):
     """A checkpoint that is missing or does not fit the model; the message says what to do."""
 
 

@@ -28,6 +28,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         shape = optax.linear_schedule(peak, final, after)
     elif config.schedule == "inverse_sqrt":
         start = max(warmup, 1)
+
         def shape(step):
             return peak * (start / (step + start)) ** 0.5
 

@@ -1,28 +1,29 @@
 """What a run says of itself: the first lines, and the page at the end."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jaxformer_kernels
-import matplotlib
-import numpy as np
 from rich.console import Console
 
 from jaxformer.config import Config
-from jaxformer.data import Data, Example, PairData, Tokenizers
+from jaxformer.data import Batch, Example, Tokenizers
 from jaxformer.decoding.predict import Generator, Hypothesis
+from jaxformer.errors import JaxformerError
 from jaxformer.nn.parameters import Params, count
+from jaxformer.training import figures
 from jaxformer.training.published import PRONUNCIATION
 from jaxformer.training.run import RunFolder
-from jaxformer.training.tracking import read_metrics
+from jaxformer.training.step import batch_loss
+from jaxformer_kernels import dispatch
 
 SAMPLES = 10
 SAMPLE_TOKENS = 200
 
 
-class DivergedError(RuntimeError):
+class DivergedError(JaxformerError):
     """The loss is no longer a number."""
 
 
@@ -52,11 +53,12 @@ def model(config: Config, params: Params) -> str:
     )
 
 
-def attention(config: Config, data: Data) -> str:
-    """Which attention implementation this run's calls get."""
+def attention(config: Config, apply: Callable[..., Any], params: Params, batch: Batch) -> str:
+    """Which attention implementation the model's calls get: found by tracing one batch."""
+    jax.eval_shape(functools.partial(batch_loss, apply), params, batch)
     if config.model.attention is not None:
-        return f"{config.model.attention} (chosen)"
-    return "chosen by platform"
+        return f"{config.model.attention} (asked for)"
+    return f"{', '.join(dispatch.picked('attention'))} (the platform's choice)"
 
 
 def require_finite(values: dict[str, float], step: int) -> None:
@@ -84,36 +86,6 @@ def text_samples(
     return generator(params, [""] * 2, seed=config.seed)
 
 
-def loss_curve(folder: RunFolder, title: str) -> None:
-    """Draws train and dev loss against the step into the run folder."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    train, dev = read_metrics(folder.metrics, "train"), read_metrics(folder.metrics, "dev")
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    if train:
-        steps = np.array([line["step"] for line in train])
-        losses = np.array([line["loss"] for line in train])
-        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
-        axes.plot(steps, _smooth(losses), color="tab:blue", label="train (smoothed)")
-        # The first steps stand so high that the rest would be flat.
-        top = np.quantile(losses, 0.98) * 1.1
-        axes.set_ylim(bottom=min(0.95 * losses.min(), _lowest(dev)), top=top)
-    if dev:
-        axes.plot(
-            [line["step"] for line in dev],
-            [line["loss"] for line in dev],
-            "o-",
-            color="tab:orange",
-            label="dev",
-        )
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(folder.loss_curve, dpi=150)
-    pyplot.close(figure)
-
-
 def summary(
     console: Console,
     config: Config,
@@ -127,7 +99,7 @@ def summary(
     seconds: float,
 ) -> None:
     """Writes RUN/summary.md and RUN/loss.png and prints the page."""
-    loss_curve(folder, f"{config.preset}: loss")
+    figures.loss_curve(folder, folder.loss_curve, f"{config.preset}: loss")
     lines = [
         f"# {config.preset}",
         "",
@@ -185,16 +157,3 @@ def _next_commands(config: Config, folder: RunFolder) -> list[str]:
         f"jaxformer evaluate {folder.path} --split test --beam 4 --json",
         f"jaxformer show {folder.path} --source {word}",
     ]
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over about a thirtieth of the curve, shorter at its ends."""
-    reach = max(len(values) // 60, 1)
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    places = np.arange(len(values))
-    first, last = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
-    return (sums[last] - sums[first]) / (last - first)
-
-
-def _lowest(lines: Sequence[dict[str, Any]]) -> float:
-    return min((0.95 * line["loss"] for line in lines), default=math.inf)

@@ -4,17 +4,18 @@ import dataclasses
 import datetime
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from jaxformer import config as configuration
 from jaxformer import models
 from jaxformer.config import Config
 from jaxformer.data import Tokenizers
+from jaxformer.errors import JaxformerError
 from jaxformer.nn.parameters import Params, pure
 from jaxformer.training.checkpoint import Checkpoints
 
 
-class RunError(ValueError):
+class RunError(JaxformerError):
     """A run folder that cannot be used; the message says what to do."""
 
 
@@ -134,8 +135,15 @@ def load_run(path: str | Path, *, step: int | None = None) -> LoadedRun:
     return LoadedRun(folder, config, tokenizers, apply, params, int(step or 0))
 
 
-def vocabularies(tokenizers: Tokenizers) -> dict[str, int | None]:
-    """The vocabulary sizes that `models.build` takes."""
+class Vocabularies(TypedDict):
+    """Numbers of tokens, as `models.build` takes them."""
+
+    vocabulary: int
+    source_vocabulary: int | None
+
+
+def vocabularies(tokenizers: Tokenizers) -> Vocabularies:
+    """The vocabulary sizes of a pair of tokenizers."""
     return {
         "vocabulary": len(tokenizers.target),
         "source_vocabulary": None if tokenizers.source is None else len(tokenizers.source),

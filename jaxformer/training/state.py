@@ -26,7 +26,7 @@ class TrainState:
 
     @property
     def evaluated(self) -> Params:
-        """The parameters that are scored and decoded with: the moving average where there is one."""
+        """The parameters to score and decode with: the moving average where there is one."""
         return self.params if self.ema is None else self.ema
 
 

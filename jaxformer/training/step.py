@@ -108,7 +108,7 @@ def make_train_step(
                 step=state.step + 1,
                 params=params,
                 optimizer_state=optimizer_state,
-                ema=_average(state.ema, params, config.ema),
+                ema=_average(state, params, config.ema),
             ),
             metrics,
         )
@@ -121,7 +121,11 @@ def make_eval_step(apply: Callable[..., Any]) -> Callable[[Params, Batch], Metri
     return lambda params, batch: batch_loss(apply, params, batch)[1]
 
 
-def _average(ema: Params | None, params: Params, decay: float | None) -> Params | None:
-    if ema is None:
+def _average(state: TrainState, params: Any, decay: float | None) -> Params | None:
+    if state.ema is None or decay is None:
         return None
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+    # Early on a long memory would be of the initial parameters: it grows with the steps.
+    keep = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+    return jax.tree.map(
+        lambda old, new: (keep * old + (1 - keep) * new).astype(old.dtype), state.ema, params
+    )

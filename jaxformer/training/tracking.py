@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxformer.config import Config
+from jaxformer.config import Config, to_dict
+from jaxformer.errors import JaxformerError
 
 
-class TrackingError(RuntimeError):
+class TrackingError(JaxformerError):
     """A tracker that is not installed; the message names the extra."""
 
 
@@ -86,8 +87,6 @@ class _WeightsAndBiases:
             raise TrackingError(
                 "--tracking.wandb needs wandb: pip install 'jaxformer[wandb]'"
             ) from None
-        from jaxformer.config import to_dict
-
         self.run = wandb.init(
             project=config.tracking.wandb, dir=str(folder), name=folder.name, config=to_dict(config)
         )

@@ -1,0 +1,295 @@
+"""`jaxformer <verb>`: what is done with a trained run."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from jaxformer import presets as preset_registry
+from jaxformer.config import Config
+from jaxformer.data import Batch, encode_corpus, load_corpus, pair_batches, text_batches
+from jaxformer.data.tokenizers import UNK
+from jaxformer.decoding.generate import make_score
+from jaxformer.decoding.predict import Generator, Translator
+from jaxformer.errors import JaxformerError
+from jaxformer.training import figures
+from jaxformer.training.evaluation import evaluate as evaluate_split
+from jaxformer.training.run import LoadedRun, load_run
+from jaxformer.training.tracking import read_metrics
+
+RunPath = Annotated[Path, arg(help="Run folder, such as runs/g2p-20260101-120000.")]
+INTERACTIVE_PROMPT = "> "
+
+
+def presets(name: Positional[str | None] = None) -> None:
+    """List the presets, or describe one.
+
+    Args:
+        name: A preset, to read its whole description.
+    """
+    if name is not None:
+        print((preset_registry.module(name).__doc__ or "").strip())
+        return
+    for known in preset_registry.names():
+        print(f"{known:<24}{preset_registry.description(known)}")
+
+
+def predict(
+    run: Positional[RunPath],
+    input: str = "-",
+    beam: int | None = None,
+    n_best: int = 1,
+    length_penalty: float | None = None,
+    step: int | None = None,
+) -> None:
+    """Predict the target of every line.
+
+    Prints one line a prediction, in the order of the input. With --n-best above 1 a line is
+    source, prediction and log-probability (nats), separated by tabs, and sources that have fewer
+    hypotheses have fewer lines.
+
+    Args:
+        run: Run folder.
+        input: File with a source a line; - reads standard input.
+        beam: Beam width; 1 is greedy. Default: the run's.
+        n_best: Predictions a source, the best first.
+        length_penalty: GNMT's alpha. Default: the run's.
+        step: Checkpoint to use. Default: the one with the lowest dev loss.
+    """
+    loaded = load_run(run, step=step)
+    config = _decoding(loaded.config, beam=beam, length_penalty=length_penalty)
+    if beam is None and n_best > config.decode.beam:
+        config = _decoding(config, beam=n_best)
+    translator = Translator(loaded.apply, loaded.tokenizers, config, n_best=n_best)
+    for sources in _portions(input):
+        _warn_of_unknown(loaded, sources)
+        for source, found in zip(sources, translator(loaded.params, sources), strict=True):
+            for hypothesis in found:
+                if n_best == 1:
+                    print(hypothesis.text, flush=True)
+                else:
+                    print(f"{source}\t{hypothesis.text}\t{hypothesis.log_prob:.4f}", flush=True)
+
+
+def generate(
+    run: Positional[RunPath],
+    prompt: str = "",
+    max_new: int = 200,
+    samples: int = 1,
+    seed: int = 0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    step: int | None = None,
+) -> None:
+    """Continue a prompt with a language model.
+
+    Args:
+        run: Run folder.
+        prompt: Text to continue; empty starts a document.
+        max_new: Most new tokens.
+        samples: Number of continuations.
+        seed: Of the sampling.
+        temperature: Softmax temperature; 0 is greedy. Default: the run's.
+        top_k: Sample among the k likeliest tokens. Default: the run's.
+        top_p: Sample among the smallest set with this probability. Default: the run's.
+        min_p: Drop tokens less likely than this share of the likeliest. Default: the run's.
+        step: Checkpoint to use. Default: the one with the lowest dev loss.
+    """
+    loaded = load_run(run, step=step)
+    config = _decoding(
+        loaded.config, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
+    generator = Generator(loaded.apply, loaded.tokenizers, config, max_new=max_new)
+    for number, text in enumerate(generator(loaded.params, [prompt] * samples, seed=seed)):
+        if number:
+            print("-" * 80)
+        print(prompt + text)
+
+
+def score(run: Positional[RunPath], input: str = "-", step: int | None = None) -> None:
+    """Print the log-probability (nats) of given text, a line each.
+
+    Args:
+        run: Run folder.
+        input: File with a text a line (language models) or source<TAB>target; - is standard input.
+        step: Checkpoint to use. Default: the one with the lowest dev loss.
+    """
+    loaded = load_run(run, step=step)
+    score_batch = make_score(loaded.apply)
+    for lines in _portions(input):
+        batches = _given(lines, loaded)
+        found: dict[int, float] = {}
+        for batch in batches:
+            scores = score_batch(loaded.params, batch)
+            found |= {int(i): float(s) for i, s in zip(batch["index"], scores, strict=True)}
+        for number in range(len(lines)):
+            print(f"{found[number]:.6f}", flush=True)
+
+
+def evaluate(
+    run: Positional[RunPath],
+    split: str = "test",
+    beam: int | None = None,
+    length_penalty: float | None = None,
+    max_examples: int | None = None,
+    step: int | None = None,
+    json_output: Annotated[bool, arg(name="json")] = False,
+) -> None:
+    """Score a run on a split of its data.
+
+    Pairs: wer (share of sources whose prediction is none of the references), per (edits a
+    reference token), loss (nats a token), examples. Text: loss, bits_per_byte, perplexity.
+
+    Args:
+        run: Run folder.
+        split: train, dev or test.
+        beam: Beam width; 1 is greedy. Default: the run's.
+        length_penalty: GNMT's alpha. Default: the run's.
+        max_examples: Decode this many examples only. Default: all.
+        step: Checkpoint to use. Default: the one with the lowest dev loss.
+        json_output: Print one JSON object.
+    """
+    loaded = load_run(run, step=step)
+    config = _decoding(loaded.config, beam=beam, length_penalty=length_penalty)
+    data = encode_corpus(load_corpus(config.data), loaded.tokenizers, config.data)
+    if split not in data.filled:
+        known = ", ".join(data.filled)
+        raise JaxformerError(f"this run's data has no split {split!r}; it has {known}")
+    scores, _ = evaluate_split(
+        loaded.apply,
+        loaded.params,
+        loaded.tokenizers,
+        data,
+        config,
+        split=split,
+        max_examples=max_examples,
+    )
+    if json_output:
+        print(json.dumps(scores))
+        return
+    for name, value in scores.items():
+        print(f"{name:<16}{value:.6g}")
+
+
+def show(
+    run: Positional[RunPath],
+    source: str | None = None,
+    output: Path | None = None,
+    step: int | None = None,
+) -> None:
+    """Draw the loss curves or, for a source, where its prediction attended to.
+
+    Args:
+        run: Run folder.
+        source: A source, to draw the cross-attention of its prediction as a heat map.
+        output: PNG to write. Default: loss.png or attention.png in the run folder.
+        step: Checkpoint to use. Default: the one with the lowest dev loss.
+    """
+    loaded = load_run(run, step=step)
+    if source is None:
+        output = output or loaded.folder.loss_curve
+        figures.loss_curve(loaded.folder, output, f"{loaded.config.preset}: loss")
+        for kind in ("train", "dev"):
+            lines = read_metrics(loaded.folder.metrics, kind)
+            if lines:
+                last = lines[-1]
+                print(f"{kind:<6}step {last['step']:,}  loss {last['loss']:.4f}")
+    else:
+        output = output or loaded.folder.path / "attention.png"
+        predicted = figures.attention_map(loaded, source, output)
+        print(f"{source} -> {predicted}")
+    print(output)
+
+
+def _portions(name: str) -> Iterator[list[str]]:
+    """The lines of a file or of standard input, all at once; typed ones one by one."""
+    if name == "-" and sys.stdin.isatty():
+        while True:
+            try:
+                line = input(INTERACTIVE_PROMPT)
+            except EOFError:
+                print()
+                return
+            if line.strip():
+                yield [line]
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        lines = data.decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise JaxformerError(f"--input {name} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise JaxformerError(
+            f"--input {name} is not UTF-8 (byte {error.start}): convert it first"
+        ) from None
+    if lines:
+        yield lines
+
+
+def _given(lines: Sequence[str], loaded: LoadedRun) -> Sequence[Batch]:
+    rows = loaded.config.eval.batch_size
+    if loaded.config.model.kind == "decoder":
+        longest = loaded.config.model.max_length
+        return text_batches(lines, loaded.tokenizers, longest=longest, batch_size=rows)
+    return pair_batches(lines, loaded.tokenizers, loaded.config.data, batch_size=rows)
+
+
+def _decoding(config: Config, **options: Any) -> Config:
+    """The configuration with those decoding options that are given."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return dataclasses.replace(config, decode=dataclasses.replace(config.decode, **given))
+
+
+def _warn_of_unknown(loaded: LoadedRun, sources: Sequence[str]) -> None:
+    tokenizer = loaded.tokenizers.source
+    if tokenizer is None:
+        return
+    for source in sources:
+        text = source.lower() if loaded.config.data.kind == "pronunciation" else source
+        if UNK in tokenizer.encode(text.strip()):
+            print(
+                f"warning: {source!r} has tokens that training never saw; its prediction is a "
+                "guess",
+                file=sys.stderr,
+            )
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "presets": presets,
+    "predict": predict,
+    "generate": generate,
+    "score": score,
+    "evaluate": evaluate,
+    "show": show,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one verb. Exits with 2 and one line on a known error."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            VERBS,
+            prog="jaxformer",
+            description="What is done with a trained run. Training: python train.py PRESET.",
+            args=sys.argv[1:] if arguments is None else list(arguments),
+        )
+    except JaxformerError as error:
+        Console(stderr=True, soft_wrap=True).print(
+            f"error: {error}", style="bold red", markup=False
+        )
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough.
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Batches of lines that somebody gives: sources to decode, texts and targets to score."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxformer.config import DataConfig
+from jaxformer.data.bucketing import PairBatches
+from jaxformer.data.corpus import DataError, Example, Report
+from jaxformer.data.encoding import Ragged, encode_examples
+from jaxformer.data.lengths import choose_shapes
+from jaxformer.data.pipeline import OnePass
+from jaxformer.data.plan import Batch
+from jaxformer.data.pronunciation import normalise_word
+from jaxformer.data.tokenizers import EOS, PAD, SOS, Tokenizers
+
+SMALLEST_WIDTH = 8
+
+
+def source_batches(
+    sources: Sequence[str], tokenizers: Tokenizers, config: DataConfig, *, batch_size: int
+) -> list[Batch]:
+    """Batches of sources alone, to decode: any text, seen in training or not.
+
+    Each has `source`, `source_segment_ids` int32[B, S] and `index` int32[B], the place in
+    `sources`, -1 in an empty row. Sources of like length go together. So that few shapes are
+    compiled, S is a power of two (or the longest allowed), and B is `batch_size`, or the power of
+    two that holds all sources if there are fewer. Raises DataError on an empty source and on one
+    longer than the model takes.
+    """
+    if tokenizers.source is None:
+        raise ValueError("a language model has no sources to decode")
+    limit = config.max_source_length
+    sequences = []
+    for number, text in enumerate(sources, start=1):
+        normal = _normal(text, config)
+        if not normal:
+            raise DataError(f"source {number} is empty. Fix: remove the line")
+        try:
+            sequence = tokenizers.source.encode_array(normal)
+        except UnicodeEncodeError:
+            fix = "Fix: read the sources as UTF-8"
+            raise DataError(f"source {number} is not valid Unicode: {text[:40]!r}. {fix}") from None
+        if len(sequence) + 1 > limit:
+            raise DataError(
+                f"source {number} has {len(sequence) + 1} tokens, <eos> included; the model takes "
+                f"{limit}. Fix: shorten {text[:40]!r}"
+            )
+        sequences.append(sequence)
+    if not sequences:
+        return []
+    ragged = Ragged.build(sequences, len(tokenizers.source), last=EOS)
+    rows = min(batch_size, _power_of_two(len(sequences)))
+    order = np.argsort(ragged.lengths, kind="stable")
+    order = np.concatenate([order, np.full(-len(order) % rows, -1)])
+    batches = []
+    for index in order.reshape(-1, rows):
+        longest = int(ragged.lengths[index[index >= 0]].max())
+        width = min(max(_power_of_two(longest), SMALLEST_WIDTH), limit)
+        source, real = ragged.gather(index, width)
+        batches.append(
+            {
+                "source": source,
+                "source_segment_ids": real.astype(np.int32),
+                "index": index.astype(np.int32),
+            }
+        )
+    return batches
+
+
+def pair_batches(
+    lines: Sequence[str], tokenizers: Tokenizers, config: DataConfig, *, batch_size: int
+) -> Sequence[Batch]:
+    """Batches of lines `source<TAB>target`, as `evaluation_batches` gives: `index` is the line.
+
+    Raises DataError on a line without a tab, an empty side, or one longer than the model takes.
+    """
+    if tokenizers.source is None:
+        raise ValueError("a language model has no pairs to score")
+    examples = []
+    for number, line in enumerate(lines, start=1):
+        source, tab, target = line.partition("\t")
+        source, target = _normal(source, config), target.strip()
+        if not (tab and source and target):
+            raise DataError(f"line {number} is not source<TAB>target: {line[:60]!r}")
+        examples.append(Example(source, (target,), (f"line {number}",)))
+    if not examples:
+        return []
+    strict = dataclasses.replace(config, on_bad="error")
+    split = encode_examples(tuple(examples), tokenizers.source, tokenizers.target, strict, Report())
+    limits = (config.max_source_length, config.max_target_length)
+    shapes = choose_shapes(*split.item_lengths, config.buckets, limits)
+    split = dataclasses.replace(split, shapes=shapes)
+    rows = min(batch_size, _power_of_two(len(examples)))
+    return OnePass(PairBatches(split, rows, seed=0, with_index=True))
+
+
+def text_batches(
+    lines: Sequence[str], tokenizers: Tokenizers, *, longest: int, batch_size: int
+) -> list[Batch]:
+    """Batches of texts, one a row, each with <sos> before and <eos> as its last target.
+
+    Each has `inputs`, `targets` int32[B, T], `weights` float32[B, T], and `index` int32[B], the
+    place in `lines`, -1 in an empty row. Raises DataError on a text of more than `longest` tokens,
+    <sos> included.
+    """
+    sequences = [tokenizers.target.encode_array(line) for line in lines]
+    for number, (sequence, line) in enumerate(zip(sequences, lines, strict=True), start=1):
+        if len(sequence) + 1 > longest:
+            raise DataError(
+                f"line {number} has {len(sequence) + 1} tokens, <sos> included; the model takes "
+                f"{longest}. Fix: shorten {line[:40]!r}"
+            )
+    rows = min(batch_size, _power_of_two(len(lines))) if lines else 0
+    batches = []
+    for first in range(0, len(lines), max(rows, 1)):
+        part = sequences[first : first + rows]
+        width = _width(max(len(sequence) for sequence in part) + 1, longest)
+        inputs = np.full((rows, width), PAD, np.int32)
+        targets, weights = inputs.copy(), np.zeros((rows, width), np.float32)
+        for row, sequence in enumerate(part):
+            end = len(sequence)
+            inputs[row, : end + 1] = [SOS, *sequence]
+            targets[row, : end + 1] = [*sequence, EOS]
+            weights[row, : end + 1] = 1
+        index = np.full(rows, -1, np.int32)
+        index[: len(part)] = np.arange(first, first + len(part))
+        batches.append({"inputs": inputs, "targets": targets, "weights": weights, "index": index})
+    return batches
+
+
+def _normal(source: str, config: DataConfig) -> str:
+    return normalise_word(source) if config.kind == "pronunciation" else source.strip()
+
+
+def _width(longest: int, limit: int) -> int:
+    """A power of two that holds the longest row, so that few shapes are compiled."""
+    return int(min(max(_power_of_two(longest), SMALLEST_WIDTH), limit))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (int(number) - 1).bit_length()

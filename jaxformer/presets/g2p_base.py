@@ -1,0 +1,45 @@
+"""Spelling to pronunciation, larger: three and three layers of width 256, for an hour or two."""
+
+from jaxformer.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DecodeConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+
+def config() -> Config:
+    """Three encoder and three decoder layers of width 256, bfloat16 products."""
+    return Config(
+        preset="g2p-base",
+        data=DataConfig(
+            kind="pronunciation", max_source_length=36, max_target_length=36, buckets=6
+        ),
+        model=ModelConfig(
+            kind="encoder_decoder",
+            layers=3,
+            width=256,
+            heads=4,
+            position="rotary",
+            max_length=40,
+            dropout=0.1,
+            compute_dtype="bfloat16",
+            scan=False,
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3,
+            schedule="wsd",
+            decay_fraction=0.3,
+            final_fraction=0.01,
+            warmup_steps=500,
+            weight_decay=0.01,
+        ),
+        train=TrainConfig(steps=6000, batch_size=256, label_smoothing=0.1),
+        eval=EvalConfig(every=500),
+        decode=DecodeConfig(beam=8),
+        checkpoint=CheckpointConfig(every=500),
+    )
