@@ -1,5 +1,6 @@
 """From text to text: sources or prompts in, predictions out."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,38 +79,55 @@ class Translator:
 
 
 class Generator:
-    """Continues prompts with a language model."""
+    """Continues prompts with a language model.
+
+    A text longer than the model takes goes on from its last half: what stood before is forgotten.
+    """
 
     def __init__(self, apply: Apply, tokenizers: Tokenizers, config: Config, *, max_new: int):
         if config.model.kind != "decoder":
             raise PredictionError("an encoder-decoder has sources: use `jaxformer predict`")
+        if max_new < 1:
+            raise PredictionError(f"--max-new {max_new} must be at least 1")
+        self.apply = apply
         self.tokenizers = tokenizers
         self.config = config
         self.max_new = max_new
-        decode = config.decode
-        self.generate = make_generate(
-            apply,
-            max_length=max_new,
+
+    def __call__(self, params: Params, prompts: Sequence[str], *, seed: int = 0) -> list[str]:
+        """One continuation a prompt, without the prompt. An empty prompt starts a document."""
+        limit = self.config.model.max_length
+        texts = [[SOS, *self.tokenizers.target.encode(prompt)] for prompt in prompts]
+        lengths = [len(ids) for ids in texts]
+        running = list(range(len(texts)))
+        key = jax.random.key(seed)
+        if max(lengths) + self.max_new <= limit:
+            kept, new = max(lengths), self.max_new
+        else:
+            kept = limit // 2
+            new = limit - kept
+        parts = math.ceil(self.max_new / new)
+        decode = self.config.decode
+        generate = make_generate(
+            self.apply,
+            max_length=new,
             temperature=decode.temperature,
             top_k=decode.top_k,
             top_p=decode.top_p,
             min_p=decode.min_p,
         )
-
-    def __call__(self, params: Params, prompts: Sequence[str], *, seed: int = 0) -> list[str]:
-        """One continuation a prompt, without the prompt. An empty prompt starts a document."""
-        encoded = [[SOS, *self.tokenizers.target.encode(prompt)] for prompt in prompts]
-        longest = max(len(ids) for ids in encoded)
-        if longest + self.max_new > self.config.model.max_length:
-            raise PredictionError(
-                f"a prompt of {longest} tokens (<sos> included) and {self.max_new} new ones are "
-                f"more than the model's {self.config.model.max_length}: shorten the prompt or "
-                "--max-new"
-            )
-        start = np.array([longest - len(ids) for ids in encoded], np.int32)
-        rows = np.array([[PAD] * (longest - len(ids)) + ids for ids in encoded], np.int32)
-        sampled = jax.device_get(self.generate(params, rows, start, jax.random.key(seed)))
+        for part in range(parts):
+            rows = [ids[-kept:] for ids in texts]
+            start = np.array([kept - len(row) for row in rows], np.int32)
+            padded = np.array([[PAD] * (kept - len(row)) + row for row in rows], np.int32)
+            sampled = jax.device_get(generate(params, padded, start, jax.random.fold_in(key, part)))
+            for i in list(running):
+                texts[i] = texts[i] + sampled.tokens[i, : sampled.lengths[i]].tolist()
+                if sampled.finished[i]:
+                    running.remove(i)
+            if not running:
+                break
         return [
-            self.tokenizers.target.decode(tokens[:length].tolist())
-            for tokens, length in zip(sampled.tokens, sampled.lengths, strict=True)
+            self.tokenizers.target.decode(ids[length : length + self.max_new])
+            for ids, length in zip(texts, lengths, strict=True)
         ]

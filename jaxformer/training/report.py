@@ -81,8 +81,7 @@ def text_samples(
     """A few texts from nothing, by a language model; none by an encoder-decoder."""
     if config.model.kind != "decoder":
         return []
-    new = min(SAMPLE_TOKENS, config.model.max_length - 1)
-    generator = Generator(apply, tokenizers, config, max_new=new)
+    generator = Generator(apply, tokenizers, config, max_new=SAMPLE_TOKENS)
     return generator(params, [""] * 2, seed=config.seed)
 
 
@@ -124,7 +123,7 @@ def summary(
             lines.append(f"| {example.source} | {hypothesis.text} | {verdict} |")
     for sample in samples:
         lines += ["```", sample, "```", ""]
-    lines += ["", "## Next", "", "```", *_next_commands(config, folder), "```"]
+    lines += ["", "## Next", "", "```", *_next_commands(config, folder, split), "```"]
     page = "\n".join(lines) + "\n"
     folder.summary.write_text(page, encoding="utf-8")
     console.print("\n" + page, highlight=False, markup=False)
@@ -144,16 +143,16 @@ def _error_table(config: Config, scores: dict[str, float]) -> list[str]:
     return [*lines, "", f"Loss under teacher forcing: {scores['loss']:.4f} nats a token."]
 
 
-def _next_commands(config: Config, folder: RunFolder) -> list[str]:
+def _next_commands(config: Config, folder: RunFolder, split: str) -> list[str]:
     if config.model.kind == "decoder":
         return [
             f'jaxformer generate {folder.path} --prompt "..."',
-            f"jaxformer evaluate {folder.path} --split test --json",
+            f"jaxformer evaluate {folder.path} --split {split} --json",
             f"jaxformer show {folder.path}",
         ]
     word = "serendipity" if config.data.kind == "pronunciation" else "..."
     return [
         f"echo {word} | jaxformer predict {folder.path} --beam 4 --n-best 3",
-        f"jaxformer evaluate {folder.path} --split test --beam 4 --json",
+        f"jaxformer evaluate {folder.path} --split {split} --beam 4 --json",
         f"jaxformer show {folder.path} --source {word}",
     ]
