@@ -2,7 +2,7 @@
 #
 #   PYTHON  the interpreter a new VENV is made from  make test PYTHON=python3.12 VENV=.venv312
 #   VENV    where the environment lives, else .venv
-#   PRESET  what `make train` trains                 make train PRESET=shakespeare_char
+#   PRESET  what `make train` trains                 make train PRESET=text
 #   ARGS    passed on to train.py or to pytest       make test ARGS="-k attention"
 
 PYTHON ?= python3
