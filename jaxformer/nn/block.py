@@ -54,7 +54,7 @@ class Block(nnx.Module):
         mask: Mask,
         bias: Float[Array, "#B #N #T #S"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        source: Float[Array, "B S D"] | None = None,
+        source: Float[Array, "B Z D"] | None = None,
         cross_mask: Mask | None = None,
         key: PRNGKeyArray | None = None,
         cache: Cache | None = None,
@@ -63,9 +63,10 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """One layer. `positions` are given for rotary positions only.
 
-        With a cache, keys and values of x are written into it, and those of the source are read
-        from it (`source` is then None). The weights of the cross-attention are appended to
-        `record`, if given. Returns the output and the cache.
+        S counts the keys of the self-attention, Z those of the source. With a cache, keys and
+        values of x are written into it, and those of the source are read from it (`source` is then
+        None). The weights of the cross-attention are appended to `record`, if given. Returns the
+        output and the cache.
         """
         config = self.config
         keys = jax.random.split(key, 6) if key is not None else [None] * 6

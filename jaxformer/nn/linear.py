@@ -64,7 +64,7 @@ class Linear(nnx.Module):
     """y = x W + b, from trailing axes `inputs` to trailing axes `outputs`.
 
     `Linear({"D": 256}, {"N": 4, "H": 64}, ...)` maps [..., 256] to [..., 4, 64]; its kernel is
-    [D, N, H] and its bias [N, H].
+    [D, N, H] and its bias [N, H]. Raises ValueError where an input and an output share a name.
     """
 
     def __init__(
@@ -78,6 +78,8 @@ class Linear(nnx.Module):
         param_dtype: str = "float32",
         compute_dtype: str = "float32",
     ):
+        if shared := inputs.keys() & outputs.keys():
+            raise ValueError(f"axes {sorted(shared)} are inputs and outputs: name them apart")
         self.inputs = tuple(inputs.values())
         self.outputs = tuple(outputs.values())
         self.compute_dtype = compute_dtype
