@@ -31,7 +31,7 @@ from jaxformer.training.run import open_run, vocabularies
 from jaxformer.training.state import init_state
 from jaxformer.training.step import make_train_step
 from jaxformer.training.stopping import StopRequest
-from jaxformer.training.tracking import Tracker
+from jaxformer.training.tracking import Tracker, require_installed
 
 
 def train(config: Config, console: Console) -> int:
@@ -40,6 +40,7 @@ def train(config: Config, console: Console) -> int:
 
     # ---------------------------------------------------------------- Run
     config, folder = open_run(config)
+    require_installed(config)
     say = report.speaker(console)
     say("run", str(folder.path))
     say("devices", report.devices())
@@ -96,8 +97,7 @@ def train(config: Config, console: Console) -> int:
             batch = next(batches)
             state, metrics = train_step(state, batch)
             progress.count(float(np.sum(batch["weights"])))
-            last = step == steps or bool(stop)
-            if step % config.train.log_every == 0 or last:
+            if step % config.train.log_every == 0 or step == steps:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 report.require_finite(values, step)
                 values["tokens_per_second"] = progress.show(step, values["loss"])
@@ -113,9 +113,11 @@ def train(config: Config, console: Console) -> int:
                 )
                 dev_loss = scores["loss"]
                 progress.resume()
-            if _due(step, config.checkpoint.every) or last:
+            # Asked once: a signal may come at any time, and must not end the loop unsaved.
+            stopping = bool(stop)
+            if _due(step, config.checkpoint.every) or step == steps or stopping:
                 checkpoints.save(state, batches.get_state(), dev_loss)
-            if stop:
+            if stopping:
                 break
     seconds = time.perf_counter() - started
     checkpoints.close()

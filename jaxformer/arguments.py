@@ -45,7 +45,8 @@ def _start(name: str) -> Config:
         raise ConfigError(f"the first argument is a preset or a run, not {name!r}. {USAGE}")
     path = Path(name)
     if path.is_dir():
-        return dataclasses.replace(configuration.load(path / "config.json"), run=str(path))
+        saved = configuration.load(path / "config.json")
+        return dataclasses.replace(saved, run=str(path), resume=False)
     if path.suffix == ".json":
         return dataclasses.replace(configuration.load(path), run=None, resume=False)
     return presets.get(name)

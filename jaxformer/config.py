@@ -279,6 +279,9 @@ def check(config: Config) -> Config:
     )
     for name in ("layers", "width", "heads", "max_length"):
         _require(getattr(model, name) > 0, f"model.{name} must be positive")
+    for name in ("kv_heads", "head_dim", "feedforward", "encoder_layers"):
+        value = getattr(model, name)
+        _require(value is None or value > 0, f"model.{name}={value} must be positive, or None")
     kv_heads = model.kv_heads or model.heads
     _require(
         model.heads % kv_heads == 0,
@@ -354,9 +357,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(cls: type[ConfigType], values: dict[str, Any]) -> ConfigType:
+def from_dict(cls: type[ConfigType], values: Any) -> ConfigType:
     """The inverse of `to_dict`. Raises ConfigError on an unknown field, naming the nearest."""
     hints = typing.get_type_hints(cls)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{values!r} is no {cls.__name__}: options by name are needed")
     arguments = {}
     for name, value in values.items():
         if name not in hints:
@@ -405,9 +410,9 @@ def save(config: Config, path: Path) -> None:
 def load(path: Path) -> Config:
     """Reads what `save` wrote. Raises ConfigError on a missing file, bad JSON or unknown field."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: is this a run folder?") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     return from_dict(Config, values)

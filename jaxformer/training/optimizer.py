@@ -17,8 +17,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     inverse_sqrt falls as sqrt(warmup / step) (Noam: Vaswani et al., 2017); wsd stays, then falls
     linearly over the last `decay_fraction` of the steps (Hu et al., 2024).
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
+    peak, warmup = config.learning_rate, max(config.warmup_steps, 1)
     final = peak * config.final_fraction
+    # Steps are counted from 1 here: step `warmup` has the peak, step `steps` the final rate.
     after = max(steps - warmup, 1)
     if config.schedule == "constant":
         shape = optax.constant_schedule(peak)
@@ -27,17 +28,15 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     elif config.schedule == "linear":
         shape = optax.linear_schedule(peak, final, after)
     elif config.schedule == "inverse_sqrt":
-        start = max(warmup, 1)
 
         def shape(step):
-            return peak * (start / (step + start)) ** 0.5
+            return peak * (warmup / (step + warmup)) ** 0.5
 
     else:
         decay = max(round(config.decay_fraction * steps), 1)
         shape = optax.linear_schedule(peak, final, decay, transition_begin=max(after - decay, 0))
-    # The first step, number 0, already moves: warm-up counts from 1.
-    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-    return optax.join_schedules([rise, shape], [warmup])
+    rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, shape], [warmup - 1])
 
 
 def make_optimizer(
@@ -71,16 +70,25 @@ def make_optimizer(
             weight_decay_mask=decayed,
         )
     elif config.name == "muon":
-        update = contrib.muon(
+        # optax's own split of the parameters would decay the vectors that it gives to AdamW.
+        orthogonal = contrib.muon(
             rate,
             beta=config.b1,
             weight_decay=config.weight_decay,
-            weight_decay_mask=decayed,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=_by_name(axes, _matrix_axes),
             consistent_rms=0.2,
+        )
+        rest = optax.adamw(
+            rate,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        )
+        update = optax.partition(
+            {"muon": orthogonal, "adamw": rest},
+            _by_name(axes, lambda *leaf: "adamw" if _matrix_axes(*leaf) is None else "muon"),
         )
     else:
         update = optax.chain(

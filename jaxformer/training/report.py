@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jaxformer.config import Config
+from jaxformer.config import Config, ConfigError
 from jaxformer.data import Batch, Example, Tokenizers
 from jaxformer.decoding.predict import Generator, Hypothesis
 from jaxformer.errors import JaxformerError
@@ -54,8 +54,16 @@ def model(config: Config, params: Params) -> str:
 
 
 def attention(config: Config, apply: Callable[..., Any], params: Params, batch: Batch) -> str:
-    """Which attention implementation the model's calls get: found by tracing one batch."""
-    jax.eval_shape(functools.partial(batch_loss, apply), params, batch)
+    """Which attention implementation the model's calls get: found by tracing one batch.
+
+    Raises ConfigError if the one asked for is not known or cannot do these calls.
+    """
+    try:
+        jax.eval_shape(functools.partial(batch_loss, apply), params, batch)
+    except (ValueError, NotImplementedError) as error:
+        if config.model.attention is None:
+            raise
+        raise ConfigError(f"--model.attention: {error}") from error
     if config.model.attention is not None:
         return f"{config.model.attention} (asked for)"
     return f"{', '.join(dispatch.picked('attention'))} (the platform's choice)"

@@ -1,5 +1,6 @@
 """Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases by option."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,17 @@ from jaxformer.errors import JaxformerError
 
 class TrackingError(JaxformerError):
     """A tracker that is not installed; the message names the extra."""
+
+
+def require_installed(config: Config) -> None:
+    """Raises TrackingError if a tracker that is asked for is not installed, naming the extra."""
+    asked = {
+        "tensorboard": config.tracking.tensorboard,
+        "wandb": config.tracking.wandb is not None,
+    }
+    for name, wanted in asked.items():
+        if wanted and importlib.util.find_spec(name) is None:
+            raise TrackingError(f"--tracking.{name} needs {name}: pip install 'jaxformer[{name}]'")
 
 
 class Tracker:
@@ -61,13 +73,9 @@ def forget_after(path: Path, step: int) -> None:
 
 class _TensorBoard:
     def __init__(self, folder: Path):
-        try:
-            from tensorboard.compat.proto import event_pb2, summary_pb2
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        except ImportError:
-            raise TrackingError(
-                "--tracking.tensorboard needs tensorboard: pip install 'jaxformer[tensorboard]'"
-            ) from None
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
         self.event, self.summary = event_pb2.Event, summary_pb2.Summary
         self.writer = EventFileWriter(str(folder))
 
@@ -81,12 +89,8 @@ class _TensorBoard:
 
 class _WeightsAndBiases:
     def __init__(self, config: Config, folder: Path):
-        try:
-            import wandb
-        except ImportError:
-            raise TrackingError(
-                "--tracking.wandb needs wandb: pip install 'jaxformer[wandb]'"
-            ) from None
+        import wandb
+
         self.run = wandb.init(
             project=config.tracking.wandb, dir=str(folder), name=folder.name, config=to_dict(config)
         )

@@ -163,5 +163,5 @@ def test_cross_attention_keys_are_computed_once_and_for_every_layer(make_model):
 
 def test_shared_embeddings_of_unequal_vocabularies_are_refused():
 
-    with pytest.raises(ValueError, match="data.shared_vocabulary"):
+    with pytest.raises(ValueError, match=r"data\.shared_vocabulary"):
         abstract(ModelConfig(shared_embeddings=True), vocabulary=5, source_vocabulary=6)
