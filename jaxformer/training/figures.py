@@ -1,9 +1,7 @@
 """Pictures of a run: its loss curves, and where a prediction attended to."""
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,7 @@ from jaxformer.training.run import LoadedRun, RunFolder
 from jaxformer.training.tracking import read_metrics
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 
 def loss_curve(folder: RunFolder, output: Path, title: str) -> None:
@@ -29,9 +27,6 @@ def loss_curve(folder: RunFolder, output: Path, title: str) -> None:
         losses = np.array([line["loss"] for line in train])
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
         axes.plot(steps, _smooth(losses), color="tab:blue", label="train (smoothed)")
-        # The first steps stand so high that the rest would be flat.
-        top = np.quantile(losses, 0.98) * 1.1
-        axes.set_ylim(bottom=min(0.95 * losses.min(), _lowest(dev)), top=top)
     if dev:
         axes.plot(
             [line["step"] for line in dev],
@@ -41,7 +36,11 @@ def loss_curve(folder: RunFolder, output: Path, title: str) -> None:
             label="dev",
         )
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
-    axes.grid(alpha=0.3)
+    # The first steps stand so high that on a linear axis the rest would be flat.
+    axes.set_yscale("log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(ticker.FuncFormatter(lambda value, _: f"{value:.2g}"))
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(output, dpi=150)
     pyplot.close(figure)
@@ -102,7 +101,3 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     places = np.arange(len(values))
     first, last = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
     return (sums[last] - sums[first]) / (last - first)
-
-
-def _lowest(lines: Sequence[dict[str, Any]]) -> float:
-    return min((0.95 * line["loss"] for line in lines), default=math.inf)

@@ -74,7 +74,7 @@ def open_run(config: Config) -> tuple[Config, RunFolder]:
         _check_unchanged(configuration.load(folder.config), config)
     elif folder.config.exists():
         raise RunError(
-            f"{folder.path} already holds a run: add --resume True to go on with it, or choose "
+            f"{folder.path} already holds a run: add --resume to go on with it, or choose "
             "another --run"
         )
     elif folder.path.exists() and not folder.path.is_dir():

@@ -69,7 +69,8 @@ def _backward(options, residuals, gradients):
     out_gradient, lse_gradient = gradients
     delta = lax.optimization_barrier(blocks.delta(out, out_gradient, lse, lse_gradient))
     T, S = q.shape[3], k.shape[2]
-    dqs, dk, dv, dbias = [], 0.0, 0.0, 0.0
+    zero = jnp.zeros((), delta.dtype)
+    dqs, dk, dv, dbias = [], zero, zero, zero
     for (t, s), (p, slope) in zip(_groups(T, S, mask), saved, strict=True):
         qb, kb, vb, bias_block = _cut_operands(q, k, v, bias, t, s)
         dout, row_delta = (blocks.cut(x, 3, *t) for x in (out_gradient, delta))
