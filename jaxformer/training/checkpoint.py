@@ -1,5 +1,6 @@
 """Checkpoints by Orbax: written in the background, the newest few and the best kept."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,10 @@ class Checkpoints:
         try:
             return self.manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, FileNotFoundError) as error:
+            reason = textwrap.shorten(str(error), 300)
             raise CheckpointError(
                 f"checkpoint {self.folder / str(step)} does not fit this model: were model or "
-                f"optimizer options changed? ({error})"
+                f"optimizer options changed? ({reason})"
             ) from error
 
 

@@ -98,7 +98,7 @@ def make_train_step(
             "loss": sums["loss"] / tokens,
             "objective": sums["objective"] / tokens,
             "accuracy": sums["correct"] / tokens,
-            "gradient_norm": optax.global_norm(gradient),
+            "gradient_norm": optax.tree.norm(gradient),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": sums["tokens"],
         }
