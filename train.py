@@ -3,8 +3,12 @@
 The file reads from top to bottom: Run, Data, Model, State and step, Restore, Loop, Scores.
 """
 
+import contextlib
+import dataclasses
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -15,6 +19,8 @@ from jaxformer import models, nn
 from jaxformer.arguments import parse
 from jaxformer.config import Config
 from jaxformer.data import (
+    Batch,
+    Tokenizers,
     build_tokenizers,
     encode_corpus,
     evaluation_batches,
@@ -27,7 +33,7 @@ from jaxformer.training.checkpoint import Checkpoints
 from jaxformer.training.evaluation import evaluate, make_loss, mean_loss
 from jaxformer.training.optimizer import make_optimizer, make_schedule
 from jaxformer.training.progress import TrainingProgress
-from jaxformer.training.run import open_run, vocabularies
+from jaxformer.training.run import RunError, claim, open_run, vocabularies
 from jaxformer.training.state import init_state
 from jaxformer.training.step import make_train_step
 from jaxformer.training.stopping import StopRequest
@@ -47,22 +53,28 @@ def train(config: Config, console: Console) -> int:
 
     # ---------------------------------------------------------------- Data
     corpus = load_corpus(config.data)
-    tokenizers = build_tokenizers(corpus, config.data)
+    tokenizers = (
+        Tokenizers.load(folder.tokenizers)
+        if config.resume
+        else build_tokenizers(corpus, config.data)
+    )
     data = encode_corpus(corpus, tokenizers, config.data)
     for line in data.report.lines():
         say("data", line)
+    fingerprint = data.fingerprint()
     rows = config.train.batch_size * config.train.accumulation
     batches = training_batches(data, config.data, batch_size=rows, seed=config.seed)
     say("epoch", f"{batches.batches_per_epoch:,} steps of {rows} rows")
-    dev = (
-        evaluation_batches(data, config.data, "dev", batch_size=config.eval.batch_size)
-        if "dev" in data.filled
-        else []
-    )
-    dev_sample = dev[: config.eval.max_batches] if config.eval.max_batches else dev
+    dev: Sequence[Batch] = []
+    if "dev" in data.filled:
+        dev = evaluation_batches(data, config.data, "dev", batch_size=config.eval.batch_size)
+        if config.eval.max_batches is not None:
+            dev = dev[: config.eval.max_batches]
 
     # ---------------------------------------------------------------- Model
-    model = models.build(config.model, **vocabularies(tokenizers), seed=config.seed)
+    resuming = config.resume and folder.has_checkpoint
+    make = models.abstract if resuming else partial(models.build, seed=config.seed)
+    model = make(config.model, **vocabularies(tokenizers))
     apply, params = nn.pure(model)
     say("model", report.model(config, params))
     say("attention", report.attention(config, apply, params, batches.source[0]))
@@ -70,85 +82,110 @@ def train(config: Config, console: Console) -> int:
     # ---------------------------------------------------------------- State and step
     optimizer = make_optimizer(config.optimizer, config.train.steps, nn.parameter_axes(model))
     schedule = make_schedule(config.optimizer, config.train.steps)
-    state = init_state(params, optimizer, ema=config.train.ema is not None)
+    make_state = partial(init_state, optimizer=optimizer, ema=config.train.ema is not None)
     train_step = jax.jit(
         make_train_step(apply, optimizer, schedule, config.train, config.seed), donate_argnums=0
     )
     eval_step = make_loss(apply)
 
-    # ---------------------------------------------------------------- Restore
-    folder.path.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
-    if config.resume and checkpoints.latest is not None:
-        state, data_state = checkpoints.restore(state)
-        batches.set_state(data_state)
-        say("resumed", f"from step {int(state.step):,}")
-    start = int(state.step)
-    tokenizers.save(folder.tokenizers)
-    configuration.save(config, folder.config)
-    tracker = Tracker(folder.metrics, config, start_step=start)
+    with claim(folder, resume=config.resume), StopRequest() as stop:
+        # ------------------------------------------------------------ Restore
+        checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
+        if resuming:
+            state, progress = checkpoints.restore(jax.eval_shape(make_state, params))
+            if progress["data"] != fingerprint:
+                raise RunError("the training data is not what this run began with: restore it")
+            batches.set_state(progress["batches"])
+            spent = progress["seconds"]
+            say("resumed", f"from step {int(state.step):,} of {config.train.steps:,}")
+        else:
+            state, spent = make_state(params), 0.0
+            tokenizers.save(folder.tokenizers)
+        del model, params  # else the first parameters stay in memory beside the state's
+        configuration.save(dataclasses.replace(config, resume=False), folder.config)
+        tracker = Tracker(folder.metrics, config, start_step=int(state.step))
 
-    # ---------------------------------------------------------------- Loop
-    steps = config.train.steps
-    dev_loss = None
-    stop = StopRequest()
-    with stop, batches, TrainingProgress(console, start=start, steps=steps) as progress:
-        for step in range(start + 1, steps + 1):
-            batch = next(batches)
-            state, metrics = train_step(state, batch)
-            progress.count(float(np.sum(batch["weights"])))
-            if step % config.train.log_every == 0 or step == steps:
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                report.require_finite(values, step)
-                values["tokens_per_second"] = progress.show(step, values["loss"])
-                tracker.write(step, "train", values)
-            dev_loss = None
-            if len(dev) and (_due(step, config.eval.every) or step == steps):
-                progress.pause()
-                sample = dev if step == steps else dev_sample
-                scores = mean_loss(eval_step, state.evaluated, sample)
-                tracker.write(step, "dev", scores)
-                progress.say(
-                    f"step {step}  dev loss {scores['loss']:.4f}  accuracy {scores['accuracy']:.4f}"
-                )
-                dev_loss = scores["loss"]
-                progress.resume()
-            # Asked once: a signal may come at any time, and must not end the loop unsaved.
-            stopping = bool(stop)
-            if _due(step, config.checkpoint.every) or step == steps or stopping:
-                checkpoints.save(state, batches.get_state(), dev_loss)
-            if stopping:
-                break
-    seconds = time.perf_counter() - started
-    checkpoints.close()
-    tracker.close()
-    if stop:
-        say("stopped", f"at step {int(state.step):,}; go on with: {report.resume(folder)}")
-        return 128 + int(stop.number or 0)
+        def save(dev_loss: float | None) -> None:
+            progress = {
+                "batches": batches.get_state(),
+                "data": fingerprint,
+                "seconds": spent + time.perf_counter() - started,
+            }
+            checkpoints.save(state, progress, dev_loss)
 
-    # ---------------------------------------------------------------- Scores
+        # ------------------------------------------------------------ Loop
+        start, steps = int(state.step), config.train.steps
+        if steps == 0:
+            save(None)
+        with contextlib.ExitStack() as closing:
+            closing.callback(tracker.close)
+            closing.callback(checkpoints.wait)
+            closing.enter_context(batches)
+            shown = closing.enter_context(TrainingProgress(console, start=start, steps=steps))
+            for step in range(start + 1, steps + 1):
+                batch = next(batches)
+                state, metrics = train_step(state, batch)
+                shown.count(float(np.sum(batch["weights"])))
+                # Asked once: a signal may come at any time, and must not end the loop unsaved.
+                stopping = bool(stop)
+                saving = _due(step, config.checkpoint.every) or step == steps or stopping
+                logging = step % config.train.log_every == 0 or step == steps
+                if saving or logging:
+                    values = report.finite(jax.device_get(metrics), step)
+                if logging:
+                    values["tokens_per_second"] = shown.show(step, values["loss"])
+                    tracker.write(step, "train", values)
+                dev_loss = None
+                if len(dev) and (_due(step, config.eval.every) or step == steps):
+                    shown.pause()
+                    scores = report.finite(mean_loss(eval_step, state.evaluated, dev), step)
+                    tracker.write(step, "dev", scores)
+                    shown.say(
+                        f"step {step}  dev loss {scores['loss']:.4f}  "
+                        f"accuracy {scores['accuracy']:.4f}"
+                    )
+                    dev_loss = scores["loss"]
+                    shown.resume()
+                if saving:
+                    save(dev_loss)
+                if stopping:
+                    break
+        if stop:
+            say("stopped", f"at step {int(state.step):,}; go on with: {report.resume(folder)}")
+            return 128 + int(stop.number or 0)
+        seconds = spent + time.perf_counter() - started
+
+        # ------------------------------------------------------------ Scores
+        evaluated, step = state.evaluated, int(state.step)
+        if checkpoints.best not in (None, step):
+            step = checkpoints.best
+            evaluated = checkpoints.restore_params(
+                state.params, ema=config.train.ema is not None, step=step
+            )
+        checkpoints.close()
     split = config.eval.final_split if config.eval.final_split in data.filled else "dev"
+    scores, decoded = {}, []
     if split in data.filled:
+        say("scoring", f"step {step:,} on the {split} split")
         scores, decoded = evaluate(
             apply,
-            state.evaluated,
+            evaluated,
             tokenizers,
             data,
             config,
             split=split,
             max_examples=config.eval.final_examples,
         )
-    else:
-        scores, decoded = {}, []
     report.summary(
         console,
         config,
         folder,
+        step=step,
         split=split,
         scores=scores,
         decoded=decoded,
-        samples=report.text_samples(apply, state.evaluated, tokenizers, config),
-        parameters=nn.count(state.params),
+        samples=report.text_samples(apply, evaluated, tokenizers, config),
+        parameters=nn.count(evaluated),
         seconds=seconds,
     )
     return 0
@@ -163,6 +200,9 @@ def main() -> int:
     console = Console(soft_wrap=True)
     try:
         return train(parse(sys.argv[1:]), console)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped before anything was saved since the last checkpoint")
+        return 130
     except JaxformerError as error:
         Console(stderr=True, soft_wrap=True).print(
             f"error: {error}", style="bold red", markup=False

@@ -43,6 +43,8 @@ def parse(argv: Sequence[str], program: str = "train.py") -> Config:
 def _start(name: str) -> Config:
     if name.startswith("-"):
         raise ConfigError(f"the first argument is a preset or a run, not {name!r}. {USAGE}")
+    if name in presets.names():
+        return presets.get(name)
     path = Path(name)
     if path.is_dir():
         saved = configuration.load(path / "config.json")

@@ -12,15 +12,23 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from jaxformer import presets as preset_registry
-from jaxformer.config import Config
-from jaxformer.data import Batch, encode_corpus, load_corpus, pair_batches, text_batches
+from jaxformer.config import Config, check_decode
+from jaxformer.config import load as load_config
+from jaxformer.data import (
+    Batch,
+    encode_corpus,
+    load_corpus,
+    normal_source,
+    pair_batches,
+    text_batches,
+)
 from jaxformer.data.tokenizers import UNK
 from jaxformer.decoding.generate import make_score
 from jaxformer.decoding.predict import Generator, Translator
 from jaxformer.errors import JaxformerError
 from jaxformer.training import figures
 from jaxformer.training.evaluation import evaluate as evaluate_split
-from jaxformer.training.run import LoadedRun, load_run
+from jaxformer.training.run import LoadedRun, RunFolder, load_run
 from jaxformer.training.tracking import read_metrics
 
 RunPath = Annotated[Path, arg(help="Run folder, such as runs/g2p-20260101-120000.")]
@@ -46,6 +54,8 @@ def predict(
     beam: int | None = None,
     n_best: int = 1,
     length_penalty: float | None = None,
+    max_length: int | None = None,
+    min_length: int | None = None,
     step: int | None = None,
 ) -> None:
     """Predict the target of every line.
@@ -60,10 +70,18 @@ def predict(
         beam: Beam width; 1 is greedy. Default: the run's.
         n_best: Predictions a source, the best first.
         length_penalty: GNMT's alpha. Default: the run's.
+        max_length: Longest prediction in tokens. Default: the run's.
+        min_length: Shortest prediction in tokens. Default: the run's.
         step: Checkpoint to use. Default: the one with the lowest dev loss.
     """
     loaded = load_run(run, step=step)
-    config = _decoding(loaded.config, beam=beam, length_penalty=length_penalty)
+    config = _decoding(
+        loaded.config,
+        beam=beam,
+        length_penalty=length_penalty,
+        max_length=max_length,
+        min_length=min_length,
+    )
     if beam is None and n_best > config.decode.beam:
         config = _decoding(config, beam=n_best)
     translator = Translator(loaded.apply, loaded.tokenizers, config, n_best=n_best)
@@ -111,7 +129,7 @@ def generate(
     for number, text in enumerate(generator(loaded.params, [prompt] * samples, seed=seed)):
         if number:
             print("-" * 80)
-        print(prompt + text)
+        print(text)
 
 
 def score(run: Positional[RunPath], input: str = "-", step: int | None = None) -> None:
@@ -193,18 +211,20 @@ def show(
         output: PNG to write. Default: loss.png or attention.png in the run folder.
         step: Checkpoint to use. Default: the one with the lowest dev loss.
     """
-    loaded = load_run(run, step=step)
+    folder = RunFolder(run)
     if source is None:
-        output = output or loaded.folder.loss_curve
-        figures.loss_curve(loaded.folder, output, f"{loaded.config.preset}: loss")
+        output = output or folder.loss_curve
+        if not folder.metrics.exists():
+            raise JaxformerError(f"{run} has no {folder.metrics.name}: is it a run folder?")
+        figures.loss_curve(folder, output, f"{load_config(folder.config).preset}: loss")
         for kind in ("train", "dev"):
-            lines = read_metrics(loaded.folder.metrics, kind)
+            lines = read_metrics(folder.metrics, kind)
             if lines:
                 last = lines[-1]
                 print(f"{kind:<6}step {last['step']:,}  loss {last['loss']:.4f}")
     else:
-        output = output or loaded.folder.path / "attention.png"
-        predicted = figures.attention_map(loaded, source, output)
+        output = output or folder.path / "attention.png"
+        predicted = figures.attention_map(load_run(run, step=step), source, output)
         print(f"{source} -> {predicted}")
     print(output)
 
@@ -222,13 +242,15 @@ def _portions(name: str) -> Iterator[list[str]]:
                 yield [line]
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        lines = data.decode("utf-8-sig").splitlines()
+        lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
     except OSError as error:
         raise JaxformerError(f"--input {name} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise JaxformerError(
             f"--input {name} is not UTF-8 (byte {error.start}): convert it first"
         ) from None
+    if lines[-1] == "":
+        lines.pop()
     if lines:
         yield lines
 
@@ -244,7 +266,8 @@ def _given(lines: Sequence[str], loaded: LoadedRun) -> Sequence[Batch]:
 def _decoding(config: Config, **options: Any) -> Config:
     """The configuration with those decoding options that are given."""
     given = {name: value for name, value in options.items() if value is not None}
-    return dataclasses.replace(config, decode=dataclasses.replace(config.decode, **given))
+    decode = dataclasses.replace(config.decode, **given)
+    return check_decode(dataclasses.replace(config, decode=decode))
 
 
 def _warn_of_unknown(loaded: LoadedRun, sources: Sequence[str]) -> None:
@@ -252,8 +275,7 @@ def _warn_of_unknown(loaded: LoadedRun, sources: Sequence[str]) -> None:
     if tokenizer is None:
         return
     for source in sources:
-        text = source.lower() if loaded.config.data.kind == "pronunciation" else source
-        if UNK in tokenizer.encode(text.strip()):
+        if UNK in tokenizer.encode(normal_source(source, loaded.config.data)):
             print(
                 f"warning: {source!r} has tokens that training never saw; its prediction is a "
                 "guess",

@@ -7,6 +7,7 @@ A preset is a function that returns a `Config`; the command line overrides singl
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -157,11 +158,11 @@ class OptimizerConfig:
     final_fraction: float = 0.1
     """cosine, linear, wsd: last learning rate as a share of the peak."""
     b1: float = 0.9
-    """Decay of the first moment (momentum for sgd and muon)."""
+    """Decay of the first moment (adamw, lion), momentum (sgd, muon); adafactor has none."""
     b2: float = 0.98
-    """Decay of the second moment."""
+    """Decay of the second moment (adamw, and what muon leaves to it), of lion's momentum."""
     epsilon: float = 1e-9
-    """Added to the root of the second moment."""
+    """adamw: added to the root of the second moment."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
     clip_norm: float | None = 1.0
@@ -213,7 +214,9 @@ class DecodeConfig:
     length_penalty: float = 0.6
     """GNMT's alpha: scores are divided by ((5 + length) / 6) ** alpha."""
     max_length: int | None = None
-    """Longest output in tokens; None: the longest the data allows."""
+    """pairs: longest output in tokens, <eos> included; None: the longest the data allows."""
+    min_length: int = 0
+    """pairs: shortest output in tokens, <eos> not counted."""
     temperature: float = 1.0
     """text: softmax temperature of sampling; 0 is greedy."""
     top_k: int | None = None
@@ -341,9 +344,46 @@ def check(config: Config) -> Config:
     )
     _require(data.buckets > 0, "data.buckets must be positive")
     _require(data.split == "hash" or data.kind == "text", "data.split='tail' is for text only")
-    _require(config.decode.beam > 0, "decode.beam must be positive")
+    check_decode(config)
+    _require(config.optimizer.learning_rate > 0, "optimizer.learning_rate must be positive")
+    _require(config.optimizer.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
+    _require(
+        config.optimizer.clip_norm is None or config.optimizer.clip_norm > 0,
+        "optimizer.clip_norm must be positive, or None for no clipping",
+    )
     _require(config.eval.batch_size > 0, "eval.batch_size must be positive")
     _require(config.checkpoint.keep > 0, "checkpoint.keep must be positive")
+    return config
+
+
+def check_decode(config: Config) -> Config:
+    """Refuses decoding options that cannot work. Raises ConfigError; returns the same config."""
+    decode = config.decode
+    _require(decode.beam > 0, f"decode.beam={decode.beam} must be positive")
+    _require(
+        math.isfinite(decode.length_penalty),
+        f"decode.length_penalty={decode.length_penalty} must be a finite number",
+    )
+    _require(
+        decode.max_length is None or 0 < decode.max_length <= config.model.max_length,
+        f"decode.max_length={decode.max_length} must lie between 1 and "
+        f"model.max_length={config.model.max_length}",
+    )
+    _require(decode.min_length >= 0, f"decode.min_length={decode.min_length} must not be negative")
+    _require(
+        math.isfinite(decode.temperature) and decode.temperature >= 0,
+        f"decode.temperature={decode.temperature} must not be negative; 0 is greedy",
+    )
+    _require(
+        decode.top_k is None or decode.top_k > 0,
+        f"decode.top_k={decode.top_k} must be positive, or None for no limit",
+    )
+    for name in ("top_p", "min_p"):
+        share = getattr(decode, name)
+        _require(
+            share is None or (0 <= share <= 1 and not (name == "top_p" and share == 0)),
+            f"decode.{name}={share} must be a share of 1",
+        )
     return config
 
 

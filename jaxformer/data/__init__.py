@@ -20,7 +20,7 @@ from jaxformer.data.corpus import (
     TextCorpus,
 )
 from jaxformer.data.encoding import Data, PairData, PairSplit, Stream, TextData, encode_corpus
-from jaxformer.data.given import pair_batches, source_batches, text_batches
+from jaxformer.data.given import normal_source, pair_batches, source_batches, text_batches
 from jaxformer.data.load import load_corpus
 from jaxformer.data.packing import TextBatches
 from jaxformer.data.pipeline import (
@@ -70,6 +70,7 @@ __all__ = [
     "evaluation_batches",
     "load_corpus",
     "load_tokenizer",
+    "normal_source",
     "pair_batches",
     "source_batches",
     "text_batches",

@@ -1,5 +1,6 @@
 """A corpus as token ids: flat arrays with offsets, checked for length, counted for the report."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -107,6 +108,11 @@ class TextData:
         """The splits that hold something."""
         return tuple(name for name, stream in self.splits.items() if len(stream.documents))
 
+    def fingerprint(self) -> str:
+        """A hash of what is trained on: equal data gives equal batches."""
+        documents = self.splits["train"].documents
+        return _hash(documents.tokens, documents.lengths)
+
 
 @dataclass(frozen=True)
 class PairSplit:
@@ -139,6 +145,13 @@ class PairData:
     def filled(self) -> tuple[str, ...]:
         """The splits that hold something."""
         return tuple(name for name, split in self.splits.items() if split.examples)
+
+    def fingerprint(self) -> str:
+        """A hash of what is trained on: equal data gives equal batches."""
+        train = self.splits["train"]
+        sequences = (train.sources, train.targets)
+        parts = [part for ragged in sequences for part in (ragged.tokens, ragged.lengths)]
+        return _hash(*parts, train.item_example)
 
 
 Data = TextData | PairData
@@ -274,3 +287,10 @@ def _fits(
         detail=f"{length} tokens, <eos> included",
     )
     return False
+
+
+def _hash(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+    return digest.hexdigest()[:16]

@@ -34,7 +34,7 @@ def source_batches(
     limit = config.max_source_length
     sequences = []
     for number, text in enumerate(sources, start=1):
-        normal = _normal(text, config)
+        normal = normal_source(text, config)
         if not normal:
             raise DataError(f"source {number} is empty. Fix: remove the line")
         try:
@@ -81,7 +81,7 @@ def pair_batches(
     examples = []
     for number, line in enumerate(lines, start=1):
         source, tab, target = line.partition("\t")
-        source, target = _normal(source, config), target.strip()
+        source, target = normal_source(source, config), target.strip()
         if not (tab and source and target):
             raise DataError(f"line {number} is not source<TAB>target: {line[:60]!r}")
         examples.append(Example(source, (target,), (f"line {number}",)))
@@ -130,7 +130,8 @@ def text_batches(
     return batches
 
 
-def _normal(source: str, config: DataConfig) -> str:
+def normal_source(source: str, config: DataConfig) -> str:
+    """A source as the corpus would have it: trimmed, words to be pronounced in lower case."""
     return normalise_word(source) if config.kind == "pronunciation" else source.strip()
 
 

@@ -1,6 +1,8 @@
 """From next-token logits to sequences: sampling, beam search, and scores of given targets.
 
-Nothing here knows a model. A search is given
+The searches (`greedy`, `sample`, `beam_search`) know no model; `make_translate`, `make_generate`
+and `make_score` apply them to this library's, `Translator` and `Generator` go from text to text. A
+search is given
 
 - `step(tokens: Int[B 1], cache) -> (logits: Float[B V], cache)`, a pure traceable function that
   feeds one token a row and returns the logits of the next;
@@ -15,6 +17,8 @@ the tokens before it; log-probabilities are the model's own, <eos> included.
 """
 
 from jaxformer.decoding.beam import Beams, beam_search
+from jaxformer.decoding.generate import make_generate, make_score, make_translate
+from jaxformer.decoding.predict import Generator, Hypothesis, Translator
 from jaxformer.decoding.sampling import (
     Sampled,
     SearchCache,
@@ -27,12 +31,18 @@ from jaxformer.decoding.scoring import sequence_log_probs, token_log_probs
 
 __all__ = [
     "Beams",
+    "Generator",
+    "Hypothesis",
     "Sampled",
     "SearchCache",
     "Step",
+    "Translator",
     "beam_search",
     "filter_logits",
     "greedy",
+    "make_generate",
+    "make_score",
+    "make_translate",
     "sample",
     "sequence_log_probs",
     "token_log_probs",

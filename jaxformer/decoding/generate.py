@@ -11,6 +11,7 @@ from jaxformer.data.tokenizers import EOS, PAD, SOS, UNK
 from jaxformer.decoding.beam import Beams, beam_search
 from jaxformer.decoding.sampling import Sampled, greedy, sample
 from jaxformer.decoding.scoring import sequence_log_probs
+from jaxformer.models import model_inputs
 from jaxformer.nn import Cache
 from jaxformer.nn.parameters import Params
 
@@ -94,7 +95,7 @@ def make_generate(
     def generate(params: Params, prompts: Array, start: Array, key: PRNGKeyArray) -> Sampled:
         length = prompts.shape[1] + max_length
         cache = apply(params, length, start, method="init_cache")
-        logits, cache = apply(params, prompts, cache, method="extend")
+        logits, cache = apply(params, prompts, cache, last=True, method="extend")
         return sample(
             _step(apply, params),
             cache,
@@ -121,9 +122,7 @@ def make_score(apply: Apply) -> Callable[..., Float[Array, " B"]]:
 
     @jax.jit
     def score(params: Params, batch: dict[str, Array]) -> Array:
-        known = ("targets", "weights", "index")
-        inputs = {name: value for name, value in batch.items() if name not in known}
-        logits = apply(params, **inputs)
+        logits = apply(params, **model_inputs(batch))
         return sequence_log_probs(logits, batch["targets"], batch["weights"])
 
     return score

@@ -1,7 +1,6 @@
 """From text to text: sources or prompts in, predictions out."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -11,6 +10,7 @@ from jaxformer.config import Config
 from jaxformer.data import Tokenizers, source_batches
 from jaxformer.data.tokenizers import PAD, SOS
 from jaxformer.decoding.generate import Apply, make_generate, make_translate
+from jaxformer.decoding.sampling import Sampled
 from jaxformer.errors import JaxformerError
 from jaxformer.nn.parameters import Params
 
@@ -34,6 +34,8 @@ class Translator:
     def __init__(self, apply: Apply, tokenizers: Tokenizers, config: Config, *, n_best: int = 1):
         if config.model.kind != "encoder_decoder":
             raise PredictionError("a language model has no sources: use `jaxformer generate`")
+        if n_best < 1:
+            raise PredictionError(f"--n-best {n_best} must be at least 1")
         if n_best > config.decode.beam:
             raise PredictionError(
                 f"--n-best {n_best} needs a beam of at least {n_best}: add --beam {n_best}"
@@ -43,6 +45,7 @@ class Translator:
         self.translate = make_translate(
             apply,
             max_length=config.decode.max_length or config.data.max_target_length,
+            min_length=config.decode.min_length,
             beam=config.decode.beam,
             n_best=n_best,
             length_penalty=config.decode.length_penalty,
@@ -81,7 +84,8 @@ class Translator:
 class Generator:
     """Continues prompts with a language model.
 
-    A text longer than the model takes goes on from its last half: what stood before is forgotten.
+    When the model's window is full, the text goes on from its last half window: what stood before
+    is forgotten.
     """
 
     def __init__(self, apply: Apply, tokenizers: Tokenizers, config: Config, *, max_new: int):
@@ -93,41 +97,42 @@ class Generator:
         self.tokenizers = tokenizers
         self.config = config
         self.max_new = max_new
+        self.compiled: dict[int, Callable[..., Sampled]] = {}
 
     def __call__(self, params: Params, prompts: Sequence[str], *, seed: int = 0) -> list[str]:
-        """One continuation a prompt, without the prompt. An empty prompt starts a document."""
-        limit = self.config.model.max_length
+        """Each prompt with its continuation. An empty prompt starts a document."""
+        window = self.config.model.max_length
         texts = [[SOS, *self.tokenizers.target.encode(prompt)] for prompt in prompts]
-        lengths = [len(ids) for ids in texts]
-        running = list(range(len(texts)))
+        limits = [len(ids) + self.max_new for ids in texts]
+        running = set(range(len(texts)))
         key = jax.random.key(seed)
-        if max(lengths) + self.max_new <= limit:
-            kept, new = max(lengths), self.max_new
-        else:
-            kept = limit // 2
-            new = limit - kept
-        parts = math.ceil(self.max_new / new)
-        decode = self.config.decode
-        generate = make_generate(
-            self.apply,
-            max_length=new,
-            temperature=decode.temperature,
-            top_k=decode.top_k,
-            top_p=decode.top_p,
-            min_p=decode.min_p,
-        )
-        for part in range(parts):
+        kept = min(max(len(ids) for ids in texts), window - 1)
+        part = 0
+        while running:
+            new = min(self.max_new, window - kept)
             rows = [ids[-kept:] for ids in texts]
             start = np.array([kept - len(row) for row in rows], np.int32)
             padded = np.array([[PAD] * (kept - len(row)) + row for row in rows], np.int32)
-            sampled = jax.device_get(generate(params, padded, start, jax.random.fold_in(key, part)))
-            for i in list(running):
-                texts[i] = texts[i] + sampled.tokens[i, : sampled.lengths[i]].tolist()
-                if sampled.finished[i]:
+            sampled = jax.device_get(
+                self._generate(new)(params, padded, start, jax.random.fold_in(key, part))
+            )
+            for i in sorted(running):
+                found = sampled.tokens[i, : sampled.lengths[i]].tolist()
+                texts[i] = (texts[i] + found)[: limits[i]]
+                if sampled.finished[i] or len(texts[i]) == limits[i]:
                     running.remove(i)
-            if not running:
-                break
-        return [
-            self.tokenizers.target.decode(ids[length : length + self.max_new])
-            for ids, length in zip(texts, lengths, strict=True)
-        ]
+            kept, part = window // 2, part + 1
+        return [self.tokenizers.target.decode(ids) for ids in texts]
+
+    def _generate(self, new: int) -> Callable[..., Sampled]:
+        if new not in self.compiled:
+            decode = self.config.decode
+            self.compiled[new] = make_generate(
+                self.apply,
+                max_length=new,
+                temperature=decode.temperature,
+                top_k=decode.top_k,
+                top_p=decode.top_p,
+                min_p=decode.min_p,
+            )
+        return self.compiled[new]

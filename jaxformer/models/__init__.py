@@ -5,8 +5,9 @@ from flax import nnx
 from jaxformer.config import ModelConfig
 from jaxformer.models.decoder import DecoderLM
 from jaxformer.models.encoder_decoder import EncoderDecoder
+from jaxformer.models.inputs import model_inputs
 
-__all__ = ["DecoderLM", "EncoderDecoder", "abstract", "build"]
+__all__ = ["DecoderLM", "EncoderDecoder", "abstract", "build", "model_inputs"]
 
 
 def build(

@@ -4,7 +4,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformer.config import ModelConfig
-from jaxformer.models.transformer import Output, Transformer, make_embedding
+from jaxformer.models.transformer import Output, Transformer, check_length, make_embedding
 from jaxformer.nn import Cache
 from jaxformer.nn.precision import activation_dtype
 
@@ -40,6 +40,7 @@ class DecoderLM(nnx.Module):
     def init_cache(self, length: int, start: Int[Array, " B"]) -> Cache:
         """An empty cache of `length` slots; row b's first token will stand in slot `start[b]`."""
         config = self.config
+        check_length(length, config)
         return Cache.empty(
             layers=config.layers,
             batch=start.shape[0],
@@ -51,8 +52,13 @@ class DecoderLM(nnx.Module):
         )
 
     def extend(
-        self, tokens: Int[Array, "B T"], cache: Cache
-    ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Logits after each of the next tokens, and the cache that holds them too."""
+        self, tokens: Int[Array, "B T"], cache: Cache, *, last: bool = False
+    ) -> tuple[Float[Array, "B _ V"], Cache]:
+        """Logits after each of the next tokens, and the cache that holds them too.
+
+        With `last`, only the logits after the last of them, [B, 1, V].
+        """
         x, cache = self.decoder.extend(self.embedding(tokens), cache)
+        if last:
+            x = x[:, -1:]
         return self.output(x, self.embedding), cache

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformer.config import ModelConfig
-from jaxformer.models.transformer import Output, Transformer, make_embedding
+from jaxformer.models.transformer import Output, Transformer, check_length, make_embedding
 from jaxformer.nn import Cache
 from jaxformer.nn.precision import activation_dtype
 
@@ -89,6 +89,7 @@ class EncoderDecoder(nnx.Module):
     ) -> Cache:
         """A cache with the source's keys and values and room for `length` target tokens."""
         config = self.config
+        check_length(length, config)
         encoded = self.encode(source, source_segment_ids=source_segment_ids)
         cross_keys, cross_values = self.decoder.cross_keys_values(encoded)
         cache = Cache.empty(
@@ -108,8 +109,13 @@ class EncoderDecoder(nnx.Module):
         )
 
     def extend(
-        self, tokens: Int[Array, "B T"], cache: Cache
-    ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Logits after each of the next target tokens, and the cache that holds them too."""
+        self, tokens: Int[Array, "B T"], cache: Cache, *, last: bool = False
+    ) -> tuple[Float[Array, "B _ V"], Cache]:
+        """Logits after each of the next target tokens, and the cache that holds them too.
+
+        With `last`, only the logits after the last of them, [B, 1, V].
+        """
         x, cache = self.decoder.extend(self.embedding(tokens), cache)
+        if last:
+            x = x[:, -1:]
         return self.output(x, self.embedding), cache

@@ -11,21 +11,35 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxformer.config import ModelConfig
 from jaxformer.nn import Block, Cache, Embedding, dropout, run_layers, stack_layers
 from jaxformer.nn.block import make_norm
-from jaxformer.nn.linear import Linear
+from jaxformer.nn.linear import Linear, matmul
 from jaxformer.nn.position import RelativeBias, alibi, sinusoidal
 from jaxformer_kernels import Mask
 
 
 def make_embedding(config: ModelConfig, vocabulary: int, rngs: nnx.Rngs) -> Embedding:
-    """A token embedding; of unit variance after scaling where embeddings are scaled."""
+    """A token embedding.
+
+    Its deviation is 0.02, or where embeddings or outputs are scaled, such that they come out of the
+    scaling with variance 1 (Vaswani et al., 2017; Raffel et al., 2020).
+    """
+    scaled = config.embedding_scale or config.output_scale != 1.0
     return Embedding(
         vocabulary,
         config.width,
         rngs=rngs,
-        deviation=config.width**-0.5 if config.embedding_scale else 0.02,
+        deviation=config.width**-0.5 / config.output_scale if scaled else 0.02,
         param_dtype=config.param_dtype,
         compute_dtype=config.compute_dtype,
     )
+
+
+def check_length(tokens: int, config: ModelConfig) -> None:
+    """Raises ValueError where a sequence is longer than the model takes."""
+    if tokens > config.max_length:
+        raise ValueError(
+            f"a sequence of {tokens} tokens is longer than model.max_length={config.max_length}: "
+            "shorten it, or build the model with a larger max_length"
+        )
 
 
 class Transformer(nnx.Module):
@@ -83,6 +97,7 @@ class Transformer(nnx.Module):
         cross-attention weights [B, T, N, S] are appended to `record`, if given.
         """
         tokens = embedded.shape[1]
+        check_length(tokens, self.config)
         if positions is None:
             positions = jnp.arange(tokens, dtype=jnp.int32)[None].repeat(embedded.shape[0], 0)
         places = jnp.arange(tokens, dtype=jnp.int32)
@@ -223,7 +238,9 @@ class Output(nnx.Module):
         if self.projection is None:
             logits = embedding.attend(x)
         else:
-            logits = self.projection(x).astype(jnp.float32)
+            rows = x.reshape(-1, config.width).astype(jnp.float32)
+            logits = matmul(rows, self.projection.kernel[...], config.compute_dtype)
+            logits = logits.reshape(*x.shape[:-1], -1)
         if config.output_softcap is not None:
             logits = config.output_softcap * jnp.tanh(logits / config.output_softcap)
         return logits

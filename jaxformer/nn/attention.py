@@ -34,7 +34,11 @@ class Attention(nnx.Module):
             param_dtype=config.param_dtype,
             compute_dtype=config.compute_dtype,
         )
-        self.query = linear(width, query_axes)
+        # Scores start with the variance that the usual scale would give them, whatever the scale
+        # (T5 has none, and smaller query weights instead).
+        usual = head_dim**-0.5
+        query_scale = usual / (config.attention_scale or usual)
+        self.query = linear(width, query_axes, scale=query_scale)
         self.key = linear(width, key_axes)
         self.value = linear(width, key_axes)
         self.out = linear(query_axes, width, scale=scale)

@@ -77,13 +77,13 @@ class Cache:
         """The cache of these rows, in this order (beam search reorders with it)."""
 
         def gather(leaf: Array | None, axis: int) -> Array | None:
-            return None if leaf is None else jnp.take(leaf, rows, axis=axis)
+            return None if leaf is None else jnp.take(leaf, rows, axis=axis, mode="clip")
 
         return dataclasses.replace(
             self,
-            keys=jnp.take(self.keys, rows, axis=1),
-            values=jnp.take(self.values, rows, axis=1),
-            start=jnp.take(self.start, rows, axis=0),
+            keys=jnp.take(self.keys, rows, axis=1, mode="clip"),
+            values=jnp.take(self.values, rows, axis=1, mode="clip"),
+            start=jnp.take(self.start, rows, axis=0, mode="clip"),
             cross_keys=gather(self.cross_keys, 1),
             cross_values=gather(self.cross_values, 1),
             source_segment_ids=gather(self.source_segment_ids, 0),

@@ -42,7 +42,10 @@ def pure(model: nnx.Module) -> tuple[Callable[..., Any], Params]:
     the module was made under `jax.eval_shape`.
     """
     graph, state = nnx.split(model)
-    names = jax.tree.structure(nnx.to_pure_dict(state))
+    params = nnx.to_pure_dict(state)
+    names = jax.tree.structure(params)
+    # Shapes alone stay in the closure: it must not keep the initial parameters alive.
+    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
 
     def apply(params: Params, *inputs: Any, method: str = "__call__", **named: Any) -> Any:
         if jax.tree.structure(params) != names:
@@ -56,7 +59,7 @@ def pure(model: nnx.Module) -> tuple[Callable[..., Any], Params]:
         missing, extra = sorted(wanted - given), sorted(given - wanted)
         return f"missing {missing[:5]}, not known {extra[:5]}"
 
-    return apply, nnx.to_pure_dict(state)
+    return apply, params
 
 
 def parameter_axes(model: nnx.Module) -> Params:

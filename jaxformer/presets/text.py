@@ -30,7 +30,7 @@ def config() -> Config:
             feedforward=704,
             bias=False,
             position="rotary",
-            max_length=512,
+            max_length=256,
             scan=False,
         ),
         optimizer=OptimizerConfig(learning_rate=2e-3, b2=0.95, weight_decay=0.1),

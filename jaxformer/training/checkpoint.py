@@ -1,5 +1,6 @@
 """Checkpoints by Orbax: written in the background, the newest few and the best kept."""
 
+import logging
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxformer.errors import JaxformerError
 from jaxformer.nn.parameters import Params
-from jaxformer.training.state import TrainState
+from jaxformer.training.state import TrainState, float32
 
 METRIC = "dev_loss"
 
@@ -23,11 +24,14 @@ class CheckpointError(JaxformerError):
 class Checkpoints:
     """The folder `<folder>/<step>/`, one Orbax checkpoint a step.
 
-    A checkpoint holds the items `params`, `optimizer`, `ema` (if kept) and `data` (the state of the
-    input pipeline), so that prediction reads the parameters alone.
+    A checkpoint holds the items `params`, `optimizer`, `ema` (if kept) and `progress` (JSON values:
+    the state of the input pipeline and what else the caller keeps), so that prediction reads the
+    parameters alone.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2):
+    def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False):
+        # Orbax warns through absl of every checkpoint that is saved without a score.
+        logging.getLogger("absl").setLevel(logging.ERROR)
         policies = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(n=keep),
@@ -47,7 +51,8 @@ class Checkpoints:
                 best_fn=lambda metrics: metrics[METRIC],
                 best_mode="min",
                 keep_checkpoints_without_metrics=False,
-                create=True,
+                create=not read_only,
+                read_only=read_only,
                 # Orbax would decide by itself which steps are worth saving.
                 should_save_fn=lambda step, latest: True,
             ),
@@ -61,10 +66,11 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """Step of the checkpoint with the lowest dev loss; the newest if none was scored."""
-        return self.manager.best_step() or self.latest
+        best = self.manager.best_step()
+        return self.latest if best is None else best
 
     def save(
-        self, state: TrainState, data_state: dict[str, Any], dev_loss: float | None = None
+        self, state: TrainState, progress: dict[str, Any], dev_loss: float | None = None
     ) -> None:
         """Starts saving; training may go on at once. A step that is already saved stays."""
         step = int(state.step)
@@ -73,7 +79,7 @@ class Checkpoints:
         items = {
             "params": ocp.args.StandardSave(state.params),
             "optimizer": ocp.args.StandardSave(state.optimizer_state),
-            "data": ocp.args.JsonSave(data_state),
+            "progress": ocp.args.JsonSave(progress),
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
@@ -81,7 +87,7 @@ class Checkpoints:
         self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, Any]:
-        """The state (in the shape of `template`) and the data state of a step, by default the last.
+        """The state (in the shape of `template`) and the progress of a step, by default the last.
 
         Raises CheckpointError if there is none or it does not fit.
         """
@@ -89,27 +95,34 @@ class Checkpoints:
         items = {
             "params": ocp.args.StandardRestore(_abstract(template.params)),
             "optimizer": ocp.args.StandardRestore(_abstract(template.optimizer_state)),
-            "data": ocp.args.JsonRestore(),
+            "progress": ocp.args.JsonRestore(),
         }
         if template.ema is not None:
             items["ema"] = ocp.args.StandardRestore(_abstract(template.ema))
         read = self._read(step, items)
         state = TrainState(
-            step=jnp.asarray(step, jnp.int32),
+            # Placed as the parameters are: an array left free would compile the step twice.
+            step=jax.device_put(jnp.asarray(step, jnp.int32), _scalar_sharding(read["params"])),
             params=read["params"],
             optimizer_state=read["optimizer"],
             ema=read["ema"] if template.ema is not None else None,
         )
-        return state, read["data"]
+        return state, read["progress"]
 
     def restore_params(self, template: Params, *, ema: bool, step: int | None = None) -> Params:
         """Only the parameters (or their moving average) of a step, by default the best."""
         step = self._step(self.best if step is None else step)
         name = "ema" if ema else "params"
+        if ema:
+            template = jax.eval_shape(float32, template)
         return self._read(step, {name: ocp.args.StandardRestore(_abstract(template))})[name]
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits until everything is written."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and gives back what writing needs."""
         self.manager.wait_until_finished()
         self.manager.close()
 
@@ -142,3 +155,10 @@ def _abstract(tree: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(shape, tree)
+
+
+def _scalar_sharding(params: Params) -> jax.sharding.Sharding:
+    sharding = jax.tree.leaves(params)[0].sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding

@@ -27,9 +27,9 @@ def mean_loss(eval_step: EvalStep, params: Params, batches: Iterable[Batch]) -> 
     """`loss` (nats a token), `accuracy` and `tokens` over batches, weighted by token."""
     sums: dict[str, float] = {"loss": 0.0, "correct": 0.0, "tokens": 0.0}
     for batch in batches:
-        inputs = {name: value for name, value in batch.items() if name != "index"}
+        scored = {name: value for name, value in batch.items() if name != "index"}
         # Summed in float64: a split has too many tokens for float32 to count.
-        for name, value in jax.device_get(eval_step(params, inputs)).items():
+        for name, value in jax.device_get(eval_step(params, scored)).items():
             sums[name] += float(value)
     tokens = max(sums["tokens"], 1.0)
     return {

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
 
 from jaxformer.data import source_batches
 from jaxformer.data.tokenizers import EOS, SOS, Tokenizer
@@ -14,14 +15,12 @@ from jaxformer.decoding.predict import PredictionError, Translator
 from jaxformer.training.run import LoadedRun, RunFolder
 from jaxformer.training.tracking import read_metrics
 
-matplotlib.use("Agg")
-from matplotlib import pyplot, ticker
-
 
 def loss_curve(folder: RunFolder, output: Path, title: str) -> None:
     """Draws train and dev loss (nats a token) against the step as a PNG."""
     train, dev = read_metrics(folder.metrics, "train"), read_metrics(folder.metrics, "dev")
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     if train:
         steps = np.array([line["step"] for line in train])
         losses = np.array([line["loss"] for line in train])
@@ -43,7 +42,6 @@ def loss_curve(folder: RunFolder, output: Path, title: str) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(output, dpi=150)
-    pyplot.close(figure)
 
 
 def attention_map(run: LoadedRun, source: str, output: Path) -> str:
@@ -70,14 +68,11 @@ def attention_map(run: LoadedRun, source: str, output: Path) -> str:
     assert run.tokenizers.source is not None
     columns = _labels(run.tokenizers.source, batch["source"][0, :length])
     rows = _labels(run.tokenizers.target, [*target, EOS])
-    figure, axes = pyplot.subplots(
-        1,
-        len(panels),
+    figure = Figure(
         figsize=(1.5 + len(panels) * (1 + 0.28 * len(columns)), 1.5 + 0.28 * len(rows)),
         layout="constrained",
-        sharey=True,
-        squeeze=False,
     )
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     for layer, (panel, axis) in enumerate(zip(panels, axes[0], strict=True)):
         image = axis.imshow(panel, cmap="viridis", vmin=0, vmax=1, aspect="auto")
         axis.set_xticks(range(len(columns)), columns)
@@ -86,7 +81,6 @@ def attention_map(run: LoadedRun, source: str, output: Path) -> str:
     axes[0][0].set_ylabel("predicted")
     figure.colorbar(image, ax=list(axes[0]), label="attention weight, mean over heads")
     figure.savefig(output, dpi=150)
-    pyplot.close(figure)
     return predicted
 
 

@@ -64,10 +64,12 @@ def make_optimizer(
             rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed
         )
     elif config.name == "adafactor":
-        update = optax.adafactor(
-            rate,
-            weight_decay_rate=config.weight_decay or None,
-            weight_decay_mask=decayed,
+        # optax's own weight decay for it is not multiplied by the learning rate.
+        update = optax.chain(
+            optax.adafactor(None),
+            optax.scale(-1.0),
+            optax.add_decayed_weights(config.weight_decay, mask=decayed),
+            optax.scale_by_learning_rate(rate),
         )
     elif config.name == "muon":
         # optax's own split of the parameters would decay the vectors that it gives to AdamW.
@@ -92,8 +94,9 @@ def make_optimizer(
         )
     else:
         update = optax.chain(
+            optax.trace(config.b1),
             optax.add_decayed_weights(config.weight_decay, mask=decayed),
-            optax.sgd(rate, momentum=config.b1 or None),
+            optax.scale_by_learning_rate(rate),
         )
     if config.clip_norm is None:
         return update

@@ -1,5 +1,6 @@
 """What a person sees while a model trains: a bar on a terminal, lines in a log file."""
 
+import datetime
 import time
 
 from rich.console import Console
@@ -22,7 +23,7 @@ class TrainingProgress:
         self.console = console
         self.steps = steps
         self.tokens = 0.0
-        self.since = time.perf_counter()
+        self.since = self.began = time.perf_counter()
         self.first = start
         self.line_every = max((steps - start) // LINES_IN_A_LOG, 1)
         self.next_line = start + self.line_every
@@ -60,10 +61,16 @@ class TrainingProgress:
         if not self.console.is_terminal and step >= self.next_line:
             self.next_line = step + self.line_every
             self.console.print(
-                f"step {step}/{self.steps}  loss {loss:.4f}  {speed:,.0f} tokens/s", highlight=False
+                f"step {step}/{self.steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  "
+                f"{self._time_left(step, now)} left",
+                highlight=False,
             )
         self.since, self.tokens = now, 0.0
         return speed
+
+    def _time_left(self, step: int, now: float) -> datetime.timedelta:
+        a_step = (now - self.began) / max(step - self.first, 1)
+        return datetime.timedelta(seconds=round(a_step * (self.steps - step)))
 
     def pause(self) -> None:
         """Leaves the time until `resume` (an evaluation) out of the speed."""

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,9 +35,10 @@ def speaker(console: Console) -> Callable[[str, str], None]:
 
 
 def devices() -> str:
-    """How many devices of which kind this process has."""
+    """The device that is used, of those this process has."""
     found = jax.devices()
-    return f"{len(found)} x {found[0].device_kind} ({found[0].platform}), jax {jax.__version__}"
+    used = "" if len(found) == 1 else f" of {len(found)}"
+    return f"1{used} x {found[0].device_kind} ({found[0].platform}), jax {jax.__version__}"
 
 
 def model(config: Config, params: Params) -> str:
@@ -69,13 +70,15 @@ def attention(config: Config, apply: Callable[..., Any], params: Params, batch: 
     return f"{', '.join(dispatch.picked('attention'))} (the platform's choice)"
 
 
-def require_finite(values: dict[str, float], step: int) -> None:
-    """Raises DivergedError when the loss is not a number."""
+def finite(metrics: Mapping[str, Any], step: int) -> dict[str, float]:
+    """Metrics as Python numbers. Raises DivergedError when the loss is not a number."""
+    values = {name: float(value) for name, value in metrics.items()}
     if not math.isfinite(values["loss"]):
         raise DivergedError(
             f"the loss is {values['loss']} at step {step}: lower --optimizer.learning-rate, "
             "lengthen --optimizer.warmup-steps, or set --optimizer.clip-norm 1"
         )
+    return values
 
 
 def resume(folder: RunFolder) -> str:
@@ -98,6 +101,7 @@ def summary(
     config: Config,
     folder: RunFolder,
     *,
+    step: int,
     split: str,
     scores: dict[str, float],
     decoded: Sequence[tuple[Example, Hypothesis]],
@@ -113,7 +117,7 @@ def summary(
         f"{parameters:,} parameters, {config.train.steps:,} steps, "
         f"{seconds / 60:.1f} minutes on {devices()}.",
         "",
-        f"## Scores ({split} split)",
+        f"## Scores ({split} split, parameters of step {step:,})",
         "",
     ]
     if "wer" in scores:

@@ -1,7 +1,10 @@
 """The run folder: what training leaves behind and prediction needs, and nothing from outside."""
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -41,6 +44,13 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def has_checkpoint(self) -> bool:
+        """Whether any step was saved."""
+        if not self.checkpoints.is_dir():
+            return False
+        return any(child.name.isdigit() for child in self.checkpoints.iterdir())
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a line."""
         return self.path / "metrics.jsonl"
@@ -59,8 +69,8 @@ class RunFolder:
 def open_run(config: Config) -> tuple[Config, RunFolder]:
     """The run folder of a configuration, and the configuration with its name filled in.
 
-    A new run gets a new folder; a resumed one must exist, and keep model, data, optimiser and seed.
-    Nothing is written. Raises RunError.
+    A new run gets a new folder; a resumed one must exist, and keep all but the options that only
+    change speed, length or reporting. Nothing is written. Raises RunError.
     """
     if config.run is None:
         if config.resume:
@@ -72,33 +82,59 @@ def open_run(config: Config) -> tuple[Config, RunFolder]:
         if not folder.config.exists():
             raise RunError(f"{folder.path} holds no run to resume; leave --resume out to start one")
         _check_unchanged(configuration.load(folder.config), config)
-    elif folder.config.exists():
+    else:
+        _check_free(folder)
+    return config, folder
+
+
+def _check_free(folder: RunFolder) -> None:
+    if folder.config.exists():
         raise RunError(
             f"{folder.path} already holds a run: add --resume to go on with it, or choose "
             "another --run"
         )
-    elif folder.path.exists() and not folder.path.is_dir():
+    if folder.path.exists() and not folder.path.is_dir():
         raise RunError(f"{folder.path} is a file; choose another --run")
-    return config, folder
+
+
+@contextlib.contextmanager
+def claim(folder: RunFolder, *, resume: bool) -> Generator[None]:
+    """Makes the folder and holds it for this process. Raises RunError if another one has it."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with (folder.path / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"another process trains in {folder.path}: wait for it, or choose another --run"
+            ) from None
+        if not resume:
+            _check_free(folder)
+        yield
+
+
+# What a resumed run may change; the rest of these groups decides what is computed on which data.
+FREE: dict[str, tuple[str, ...]] = {
+    "data": ("workers",),
+    "model": ("scan", "remat", "attention"),
+    "optimizer": (),
+    "train": ("steps", "log_every"),
+}
 
 
 def _check_unchanged(old: Config, new: Config) -> None:
-    fixed = ("seed", "model", "optimizer", "data")
     before, after = configuration.to_dict(old), configuration.to_dict(new)
-    for group in fixed:
-        if before[group] == after[group]:
-            continue
-        if not isinstance(before[group], dict):
-            names = [group]
-        else:
-            names = [
-                f"{group}.{name}"
-                for name in before[group]
-                if before[group][name] != after[group][name]
-            ]
+    changed = [] if old.seed == new.seed else ["seed"]
+    for group, free in FREE.items():
+        changed += [
+            f"{group}.{name}"
+            for name, value in before[group].items()
+            if name not in free and value != after[group][name]
+        ]
+    if changed:
         raise RunError(
-            f"a resumed run keeps its {', '.join(fixed)}; changed: {', '.join(names)}. "
-            "Leave them as they were, or start a new run"
+            f"a resumed run keeps its data, model, optimizer, batches and seed; changed: "
+            f"{', '.join(changed)}. Leave them as they were, or start a new run"
         )
 
 
@@ -126,12 +162,14 @@ def load_run(path: str | Path, *, step: int | None = None) -> LoadedRun:
     tokenizers = Tokenizers.load(folder.tokenizers)
     model = models.abstract(config.model, **vocabularies(tokenizers))
     apply, template = pure(model)
-    if not folder.checkpoints.is_dir():
+    if not folder.has_checkpoint:
         raise RunError(f"{path} has no checkpoint yet")
-    checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
-    step = checkpoints.best if step is None else step
-    params = checkpoints.restore_params(template, ema=config.train.ema is not None, step=step)
-    checkpoints.close()
+    checkpoints = Checkpoints(folder.checkpoints, read_only=True)
+    try:
+        step = checkpoints.best if step is None else step
+        params = checkpoints.restore_params(template, ema=config.train.ema is not None, step=step)
+    finally:
+        checkpoints.close()
     return LoadedRun(folder, config, tokenizers, apply, params, int(step or 0))
 
 

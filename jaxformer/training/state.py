@@ -33,10 +33,19 @@ class TrainState:
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, *, ema: bool = False
 ) -> TrainState:
-    """The state before the first step; the average starts as a copy of the parameters."""
+    """The state before the first step.
+
+    The average starts as a copy of the parameters. It and the optimiser's moments are float32
+    whatever dtype the parameters have: narrower ones would round small changes away.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        optimizer_state=optimizer.init(params),
-        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        optimizer_state=optimizer.init(float32(params)),
+        ema=jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params) if ema else None,
     )
+
+
+def float32(tree: Params) -> Params:
+    """The same arrays in float32."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)

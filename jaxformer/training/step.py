@@ -12,13 +12,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxformer.config import TrainConfig
 from jaxformer.losses import cross_entropy
+from jaxformer.models import model_inputs
 from jaxformer.nn.parameters import Params
-from jaxformer.training.state import TrainState
+from jaxformer.training.state import TrainState, float32
 
 Batch = dict[str, Array]
 """Model inputs by name, with `targets` and `weights`, each [B, ...]."""
 Metrics = dict[str, Float[Array, ""]]
-TARGETS = ("targets", "weights")
 
 
 def batch_loss(
@@ -31,8 +31,7 @@ def batch_loss(
     key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Summed objective of a batch, and the sums of `losses.cross_entropy`."""
-    inputs = {name: value for name, value in batch.items() if name not in TARGETS}
-    logits = apply(params, **inputs, key=key)
+    logits = apply(params, **model_inputs(batch), key=key)
     return cross_entropy(
         logits,
         batch["targets"],
@@ -53,6 +52,7 @@ def make_train_step(
 
     The batch holds `config.accumulation` micro-batches of rows, one after the other. Objectives are
     summed and divided once by the number of tokens, so that accumulation equals one big batch.
+    Gradients are summed, and the optimiser computes, in float32 whatever dtype parameters have.
     Metrics: loss and objective (nats a token), accuracy, gradient_norm (before clipping),
     learning_rate, tokens.
     """
@@ -69,7 +69,7 @@ def make_train_step(
 
     def gradients(params: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Params, Metrics]:
         (total, sums), gradient = jax.value_and_grad(objective, has_aux=True)(params, batch, key)
-        return gradient, sums | {"objective": total}
+        return float32(gradient), sums | {"objective": total}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -91,8 +91,10 @@ def make_train_step(
 
             (gradient, sums), _ = jax.lax.scan(add, zeros, (micro_batches, keys))
         tokens = jnp.maximum(sums["tokens"], 1.0)
-        gradient = jax.tree.map(lambda leaf: leaf / tokens.astype(leaf.dtype), gradient)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
+        gradient = jax.tree.map(lambda leaf: leaf / tokens, gradient)
+        updates, optimizer_state = optimizer.update(
+            gradient, state.optimizer_state, float32(state.params)
+        )
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": sums["loss"] / tokens,
@@ -127,5 +129,5 @@ def _average(state: TrainState, params: Any, decay: float | None) -> Params | No
     # Early on a long memory would be of the initial parameters: it grows with the steps.
     keep = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
     return jax.tree.map(
-        lambda old, new: (keep * old + (1 - keep) * new).astype(old.dtype), state.ema, params
+        lambda old, new: (keep * old + (1 - keep) * new).astype(jnp.float32), state.ema, params
     )
