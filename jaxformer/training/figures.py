@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import SupportsInt
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,8 @@ def loss_curve(folder: RunFolder, output: Path, title: str) -> None:
     for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis(ticker.FuncFormatter(lambda value, _: f"{value:.2g}"))
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    if train or dev:
+        axes.legend()
     figure.savefig(output, dpi=150)
 
 
@@ -84,7 +86,7 @@ def attention_map(run: LoadedRun, source: str, output: Path) -> str:
     return predicted
 
 
-def _labels(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
+def _labels(tokenizer: Tokenizer, ids: Iterable[SupportsInt]) -> list[str]:
     return ["<eos>" if token == EOS else tokenizer.decode([int(token)]) for token in ids]
 
 

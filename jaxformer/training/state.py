@@ -19,7 +19,7 @@ class TrainState:
     Random keys are not part of it: a step's key is derived from the seed and the step.
     """
 
-    step: Int[Array, ""]
+    step: Int[Array, ""] | jax.ShapeDtypeStruct
     params: Params
     optimizer_state: Any
     ema: Params | None = None

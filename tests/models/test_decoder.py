@@ -11,7 +11,7 @@ ROWS, LENGTH, VOCABULARY = 2, 12, 12
 
 OPTIONS = {
     "no positions": dict(position="none", activation="gelu_exact", output_softcap=3.0, scan=False),
-    "learned": dict(position="learned", max_length=12, embedding_scale=True),
+    "learned": dict(position="learned", max_length=LENGTH + 3, embedding_scale=True),
     "sinusoidal, post": dict(
         position="sinusoidal", norm_placement="post", activation="relu", tied_embeddings=False
     ),
