@@ -359,7 +359,7 @@ def check(config: Config) -> Config:
 def check_decode(config: Config) -> Config:
     """Refuses decoding options that cannot work. Raises ConfigError; returns the same config."""
     decode = config.decode
-    _require(decode.beam > 0, f"decode.beam={decode.beam} must be positive")
+    _require(decode.beam > 0, "decode.beam must be positive")
     _require(
         math.isfinite(decode.length_penalty),
         f"decode.length_penalty={decode.length_penalty} must be a finite number",

@@ -114,7 +114,7 @@ def flat(tree):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimiser_learns_a_tiny_batch(name):
     apply, params, axes = tiny()
-    rate = {"adafactor": 0.05, "muon": 0.02, "sgd": 0.5, "lion": 3e-3}.get(name, 0.01)
+    rate = {"adafactor": 0.05, "muon": 0.02, "sgd": 0.1, "lion": 3e-3}.get(name, 0.01)
     config = OptimizerConfig(name=name, learning_rate=rate, schedule="constant", warmup_steps=2)
     optimizer = make_optimizer(config, STEPS, axes)
     tokens = jnp.asarray(np.random.default_rng(0).integers(4, 12, (4, 8)))
