@@ -161,6 +161,23 @@ def test_cross_attention_keys_are_computed_once_and_for_every_layer(make_model):
     assert cache.cross_keys.shape == cache.cross_values.shape == (2, ROWS, SOURCE, 2, 4)
 
 
+def test_encoder_tells_before_from_after_and_decoder_spends_all_buckets_on_before(make_model):
+    model, (source, _, inputs) = make_model("encoder_decoder", **OPTIONS["relative"]), draw()
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        return jnp.square(model.apply(params, jnp.asarray(source), jnp.asarray(inputs))).sum()
+
+    found = gradient(model.params)
+    used = {
+        side: set(np.flatnonzero(np.abs(found[side]["relative_bias"]["table"]).max(-1)))
+        for side in ("encoder", "decoder")
+    }
+    # 8 buckets: distances -6..6 in two halves (of which "after" has no 0), and 0..5 in one.
+    assert used == {"encoder": {0, 1, 2, 3, 5, 6, 7}, "decoder": {0, 1, 2, 3, 4}}
+
+
 def test_shared_embeddings_of_unequal_vocabularies_are_refused():
 
     with pytest.raises(ValueError, match=r"data\.shared_vocabulary"):
