@@ -1,4 +1,9 @@
-"""Spelling to pronunciation, larger: three and three layers of width 256, for an hour or two."""
+"""Spelling to pronunciation, larger: three and three layers of width 256, for an hour on a CPU.
+
+5.5 M parameters, CMUdict without stress, split by word. Measured, one seed, on the 6,244 test words
+with beam 8: 24.63 % word and 5.92 % phoneme error (0.2322 nats a phoneme), after 4,000 steps in 66
+minutes on two CPU cores that other work shared; undisturbed a step takes about 0.5 to 0.7 s.
+"""
 
 from jaxformer.config import (
     CheckpointConfig,

@@ -3,7 +3,7 @@
 With a byte-level BPE of 50,257 tokens trained on the files you give it has the published
 124,439,808 parameters; on smaller texts fewer, as the vocabulary shrinks. Learning rate, schedule,
 batch (about 0.5 M tokens) and dropout follow the reproduction of GPT-2 124M by nanoGPT. For
-accelerators: one step is 0.4 PFLOP.
+accelerators: one step is 0.4 PFLOP. No score was measured.
 """
 
 from jaxformer.config import (

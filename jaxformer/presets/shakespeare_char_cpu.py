@@ -1,6 +1,9 @@
 """nanoGPT's CPU configuration on Shakespeare, by character: four layers of width 128.
 
 Give the text with `--data.files`: the first 90 % of its characters train, the last 10 % validate.
+Measured on Tiny Shakespeare (1,115,394 characters), one seed: validation loss 1.795 over the whole
+validation part, after 2,000 steps in 4.7 minutes on two CPU cores that other work shared. nanoGPT
+publishes 1.88 for its own.
 """
 
 from jaxformer.config import (

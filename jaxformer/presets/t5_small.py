@@ -2,7 +2,8 @@
 
 Relative position biases, RMSNorm, no biases, ReLU, one shared vocabulary, attention without scaling
 and an output scaled by width ** -0.5. With 32,128 tokens it has the published 60,506,624
-parameters. Needs `--data.files pairs.tsv`; made for accelerators.
+parameters. Needs `--data.files pairs.tsv`; made for accelerators; no
+score was measured.
 """
 
 import dataclasses
