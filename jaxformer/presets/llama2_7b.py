@@ -1,8 +1,8 @@
 """Llama 2 7B (Touvron et al., 2023): 32 layers of width 4,096, 6.74 B parameters; shapes only.
 
 For planning and for import and export: with its tokenizer of 32,000 it has the published
-6,738,415,616 parameters. Training it takes a pod, and data of your own: `--data.files`. No score was
-measured.
+6,738,415,616 parameters. Training it takes a pod, and data of your own: `--data.files`. No score
+was measured.
 """
 
 from jaxformer.config import (

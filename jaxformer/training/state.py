@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
 
 from jaxformer.nn.parameters import Params
 
@@ -19,7 +18,8 @@ class TrainState:
     Random keys are not part of it: a step's key is derived from the seed and the step.
     """
 
-    step: Int[Array, ""] | jax.ShapeDtypeStruct
+    step: Any
+    """int32, no axes; its shape alone in a template."""
     params: Params
     optimizer_state: Any
     ema: Params | None = None
