@@ -1,8 +1,8 @@
 """Spelling to pronunciation, small: a Transformer that learns CMUdict within minutes on a CPU.
 
-0.94 M parameters, CMUdict without stress, split by word. Measured, one seed, on the 6,244 test words
-with beam 4: 30.25 % word and 7.56 % phoneme error, after 2,400 steps in 5.2 minutes on two CPU cores
-(scoring included).
+0.94 M parameters, CMUdict without stress, split by word. Measured, one seed, on the 6,244 test
+words with beam 4: 30.25 % word and 7.56 % phoneme error, after 2,400 steps in 5.2 minutes on two
+CPU cores (scoring included).
 """
 
 from jaxformer.config import (
