@@ -6,5 +6,6 @@ Needs jax alone.
 """
 
 from jaxformer_kernels.attention import Dropout, Mask, attention
+from jaxformer_kernels.dispatch import compiling_for, interpreting
 
-__all__ = ["Dropout", "Mask", "attention"]
+__all__ = ["Dropout", "Mask", "attention", "compiling_for", "interpreting"]

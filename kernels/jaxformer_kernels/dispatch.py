@@ -5,15 +5,20 @@ and, beyond them, its limits on shapes, dtypes and devices. `choose` takes a nam
 first of the platform's measured order that can do the call; it never drops a feature.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 
 logger = logging.getLogger(__name__)
 _said: set[tuple] = set()
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+_interpreter: contextvars.ContextVar[Any] = contextvars.ContextVar("interpreter", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,47 @@ class Implementation:
     def lacks(self, features: frozenset[str], call) -> list[str]:
         """What keeps this implementation from doing `call`, in words; empty when it can."""
         return sorted(features - self.supports) + list(self.limits(call))
+
+
+@contextlib.contextmanager
+def compiling_for(target: str):
+    """Choose implementations, inside this context, as on `target`: "cpu", "gpu" or "tpu".
+
+    For ahead-of-time compilation on a machine without the device. A function that `jax.jit` has
+    already traced keeps the choice it was traced with.
+    """
+    token = _target.set(target)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+@contextlib.contextmanager
+def interpreting(parameters: Any = True):
+    """Run Pallas kernels, inside this context, in their interpreter: slow, but on any machine.
+
+    A function that `jax.jit` has already traced keeps what it was traced with.
+
+    Args:
+        parameters: True, or `pltpu.InterpretParams(...)` or `plgpu.InterpretGPUParams(...)` for
+            the interpreters that simulate memory and detect races.
+    """
+    token = _interpreter.set(parameters)
+    try:
+        yield
+    finally:
+        _interpreter.reset(token)
+
+
+def platform() -> str:
+    """The platform that calls are compiled for: `compiling_for`'s, or else this process's."""
+    return _target.get() or jax.default_backend()
+
+
+def interpreter() -> Any:
+    """What `interpreting` was given; None outside it."""
+    return _interpreter.get()
 
 
 def choose(
@@ -70,15 +116,15 @@ def choose(
             )
         return implementations[name]
 
-    platform = jax.default_backend()
+    on = platform()
     reasons = []
-    for candidate in order.get(platform, order["default"]):
+    for candidate in order.get(on, order["default"]):
         lacks = implementations[candidate].lacks(features, call)
         if not lacks:
-            _say_choice(op, platform, candidate, reasons)
+            _say_choice(op, on, candidate, reasons)
             return implementations[candidate]
         reasons.append(f"{candidate} does not support {', '.join(lacks)}")
-    raise NotImplementedError(f"{op}: nothing on {platform} can do this: {'; '.join(reasons)}.")
+    raise NotImplementedError(f"{op}: nothing on {on} can do this: {'; '.join(reasons)}.")
 
 
 def picked(op: str) -> list[str]:

@@ -11,11 +11,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxformer_kernels import _compat
-from jaxformer_kernels.attention import blocks
+from jaxformer_kernels.attention import blocks, schedule
 from jaxformer_kernels.attention.blocks import collect, mix, scores
 
 ROWS = 256
@@ -190,31 +189,12 @@ def _add_at(x, i, addend):
 
 
 def _possible(mask, T, S):
-    """Table [blocks of queries, blocks of keys]: False where no query can see any key.
+    """Table [blocks of queries, blocks of keys]: False where no row of the batch sees anything.
 
     A numpy array where the mask's static fields settle it.
     """
-    rows, columns = _sizes(T, S)
-    t, s = np.arange(0, T, rows), np.arange(0, S, columns)
-    t_last, s_last = np.minimum(t + rows, T)[:, None] - 1, np.minimum(s + columns, S) - 1
-    t = t[:, None]
-    left, right = mask.bounds
-    possible = np.ones((t.shape[0], s.shape[0]), bool)
-    if right is not None:
-        possible = possible & (s <= t_last + _largest(mask.q_offset) + right)
-    if left is not None:
-        possible = possible & (s_last >= t + _smallest(mask.q_offset) - left)
-    if mask.kv_start is not None:
-        possible = possible & (s_last >= _smallest(mask.kv_start))
-    if mask.kv_end is not None:
-        possible = possible & (s < _largest(mask.kv_end))
-    if mask.q_segment_ids is not None:
-        q_low, q_high = _extremes(mask.q_segment_ids, rows)
-        kv_low, kv_high = _extremes(mask.kv_segment_ids, columns)
-        q_low, q_high = q_low[..., None], q_high[..., None]
-        kv_low, kv_high = kv_low[:, None], kv_high[:, None]
-        possible = possible & jnp.any((q_low <= kv_high) & (kv_low <= q_high), axis=0)
-    return possible
+    code = schedule.classify(mask, T, S, *_sizes(T, S))
+    return (code != schedule.EMPTY).any(axis=0)
 
 
 def _visits(possible):
@@ -223,18 +203,3 @@ def _visits(possible):
     stop = possible.shape[1] - possible[:, ::-1].argmax(axis=1)
     anything = possible.any(axis=1)
     return jnp.asarray(first * anything), jnp.asarray(stop * anything)
-
-
-def _smallest(position):
-    return position if isinstance(position, int) else jnp.min(position)
-
-
-def _largest(position):
-    return position if isinstance(position, int) else jnp.max(position)
-
-
-def _extremes(ids, size):
-    """(lowest, highest) segment id in every block, each [B, blocks]."""
-    padded = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % size)), mode="edge")
-    padded = padded.reshape(ids.shape[0], -1, size)
-    return padded.min(axis=-1), padded.max(axis=-1)
