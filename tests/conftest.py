@@ -14,6 +14,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import hypothesis
 import jax
 import jaxtyping
+import pytest
 
 # Eight devices, so that any test can build a mesh; they cost a one-device test nothing that can be
 # measured. Set here alone: a program that a test starts has one device, as on a laptop.
@@ -28,3 +29,12 @@ hypothesis.settings.register_profile(
     "jaxformer", deadline=None, max_examples=25, derandomize="CI" in os.environ
 )
 hypothesis.settings.load_profile("jaxformer")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what this environment's jax cannot run, saying so."""
+    reason = f"the Mosaic GPU interpreter needs jax >= 0.11.2, this is {jax.__version__}"
+    if jax.__version_info__ < (0, 11, 2):
+        for item in items:
+            if item.get_closest_marker("mosaic_gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
