@@ -27,3 +27,13 @@ def vary_alike(*trees):
     """Cast all arrays of `trees` to vary over the union of the axes any of them varies over."""
     axes = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(trees)))
     return tuple(vary(tree, axes) for tree in trees)
+
+
+def cudnn_version() -> int | None:
+    """The version of cuDNN that jax found, as 91002 for 9.10.2; None where there is none."""
+    from jax._src.lib import cuda_versions  # what jax.nn itself asks, and no public name
+
+    try:
+        return cuda_versions.cudnn_get_version() if cuda_versions else None
+    except RuntimeError:  # the plugin is there, the library is not
+        return None

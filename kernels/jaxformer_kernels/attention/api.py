@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer_kernels import _compat, dispatch
-from jaxformer_kernels.attention import reference, xla
+from jaxformer_kernels.attention import cudnn, reference, xla
 from jaxformer_kernels.attention.call import describe
 from jaxformer_kernels.attention.dropout import Dropout
 from jaxformer_kernels.attention.mask import Mask
 
 IMPLEMENTATIONS = {
     "xla": xla.IMPLEMENTATION,
+    "cudnn": cudnn.IMPLEMENTATION,
     "reference": reference.IMPLEMENTATION,
 }
 
@@ -55,7 +56,8 @@ def attention(
         scale: Python float; None means 1 / sqrt(H).
         dropout: on the attention probabilities. lse is that before dropout.
         return_lse: also return the logarithm of the softmax's denominator. Its cotangent is used.
-        implementation: "xla", "reference", or None for the platform's best that can do the call.
+        implementation: one of `IMPLEMENTATIONS`, or None for the platform's best that can do the
+            call.
 
     Returns:
         out [B, T, N, Hv] in q's dtype; with `return_lse`, (out, lse [B, N, T] float32, natural

@@ -35,6 +35,7 @@ class Call:
         B, T, S, N, K, H, Hv: sizes of the axes.
         dtype: of q, k and v.
         features: names out of `FEATURES`.
+        bounds: the mask's (left, right), from causal and window together.
     """
 
     B: int
@@ -46,6 +47,7 @@ class Call:
     Hv: int
     dtype: jnp.dtype
     features: frozenset[str]
+    bounds: tuple[int | None, int | None] = (None, None)
 
 
 def describe(q, k, v, bias, mask: Mask, sinks, softcap, dropout, return_lse) -> Call:
@@ -63,4 +65,4 @@ def describe(q, k, v, bias, mask: Mask, sinks, softcap, dropout, return_lse) -> 
         "float64": q.dtype == jnp.float64,
     }
     features = frozenset(name for name, used in given.items() if used) | mask.features
-    return Call(B, T, S, N, K, H, Hv, q.dtype, features)
+    return Call(B, T, S, N, K, H, Hv, q.dtype, features, mask.bounds)

@@ -36,7 +36,7 @@ Q, K = jnp.ones((2, 3, 4, 8)), jnp.ones((2, 5, 2, 8))
         ({"scale": jnp.float32(1)}, TypeError, "multiply q by it"),
         ({"dropout": 0.1}, TypeError, r"Dropout\(rate, key\)"),
         ({"implementation": "xal"}, ValueError, "did you mean 'xla'"),
-        ({"implementation": "?"}, ValueError, "Available: xla, reference"),
+        ({"implementation": "?"}, ValueError, "Available: xla, "),
     ],
 )
 def test_a_wrong_argument_is_refused_with_the_fix(change, error, fix):
@@ -49,7 +49,11 @@ def test_output_has_the_dtype_of_q_and_lse_is_wide():
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         for name in api.IMPLEMENTATIONS:
             x = (Q.astype(dtype), K.astype(dtype), K.astype(dtype))
-            out, lse = attention(*x, return_lse=True, implementation=name)
+            try:
+                out, lse = attention(*x, return_lse=True, implementation=name)
+            except NotImplementedError:
+                assert name not in ("xla", "reference")
+                continue
             assert (out.shape, out.dtype) == ((2, 3, 4, 8), dtype)
             assert (lse.shape, lse.dtype) == ((2, 4, 3), jnp.float32)
 
