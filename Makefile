@@ -3,12 +3,17 @@
 #   PYTHON  the interpreter a new VENV is made from  make test PYTHON=python3.12 VENV=.venv312
 #   VENV    where the environment lives, else .venv
 #   PRESET  what `make train` trains                 make train PRESET=text
-#   ARGS    passed on to train.py or to pytest       make test ARGS="-k attention"
+#   ARGS    passed on to train.py, pytest or aot     make test ARGS="-k attention"
 
 PYTHON ?= python3
 VENV   ?= .venv
+LOCK   ?= requirements.lock
 PRESET ?= g2p
 ARGS   ?=
+
+# The first Python 3.12 that really runs: a pyenv shim may be on PATH and not.
+PYTHON_312 ?= $(shell for python in python3.12 $$(pyenv root 2>/dev/null)/versions/3.12*/bin/python; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$python" && break; done)
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -18,10 +23,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format types lock clean .venv
+.PHONY: help train test lint format types aot-tpu aot-h100 test-mosaic-gpu lock clean .venv
 
 help: ## list what make can do
-	@grep -hE '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 train: $(STAMP) ## train the spelling-to-pronunciation model (PRESET=..., ARGS="--train.steps 500")
 	@$(BIN)/python train.py $(PRESET) $(ARGS)
@@ -45,14 +50,38 @@ format: $(STAMP) ## ruff: mend what it can and format
 types: $(STAMP) ## type-check both packages
 	@$(BIN)/ty check --python $(VENV)
 
+# $(1): the environment, $(2): its lock file.
+make_env = test -n "$(PYTHON_312)" || { \
+		echo "make $@: needs Python 3.12, on PATH, under pyenv, or named: make $@ PYTHON_312=/path/to/python3.12" >&2; exit 1; }; \
+	$(MAKE) --no-print-directory .venv PYTHON="$(PYTHON_312)" VENV=$(1) LOCK=$(2) ARGS=
+
+# Each in an environment of its own, of Python 3.12: jax with the TPU's compiler, and the jax whose
+# Mosaic GPU interpreter is complete, with NVIDIA's assembler. Neither needs the hardware.
+aot-tpu: ## compile every kernel for v5e, v5p and v6e, without a TPU (ARGS=--small)
+	@$(call make_env,.venv-aot-tpu,requirements-aot-tpu.lock)
+	@PYTHONPATH=.:kernels .venv-aot-tpu/bin/python -m benchmarks.aot tpu $(ARGS)
+
+aot-h100: ## compile every kernel to sm_90a machine code, without a GPU (ARGS=--small)
+	@$(call make_env,.venv-aot-h100,requirements-aot-h100.lock)
+	@PYTHONPATH=.:kernels .venv-aot-h100/bin/python -m benchmarks.aot h100 $(ARGS)
+
+test-mosaic-gpu: ## run the Mosaic GPU kernels in their interpreter
+	@$(call make_env,.venv-aot-h100,requirements-aot-h100.lock)
+	@.venv-aot-h100/bin/python -m pytest -q -n logical --maxprocesses 8 -m mosaic_gpu tests/kernels $(ARGS)
+
 # The lock holds names, versions, hashes and markers for every supported Python and
 # platform at once; it names no address, so it installs from whatever index pip is given.
-lock: ## resolve pyproject.toml anew into requirements.lock
+lock: ## resolve pyproject.toml anew into the lock files
 	@uv=$$(command -v uv) || { $(MAKE) --no-print-directory .cache/uv/bin/uv && uv=.cache/uv/bin/uv; }; \
 	$$uv pip compile --quiet --no-config --upgrade --universal --python-version 3.11 --extra dev \
 		--generate-hashes --no-annotate \
 		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
-	@echo "requirements.lock: $$(grep -c '^[a-z0-9]' requirements.lock) pinned packages"
+	@uv=$$(command -v uv) || uv=.cache/uv/bin/uv; for group in aot-tpu aot-h100; do \
+		$$uv pip compile --quiet --no-config --upgrade --group $$group --python-version 3.12 \
+			--python-platform x86_64-manylinux_2_31 --generate-hashes --no-annotate \
+			--custom-compile-command "make lock" --output-file requirements-$$group.lock; \
+	done
+	@for file in requirements*.lock; do echo "$$file: $$(grep -c '^[a-z0-9]' $$file) pinned packages"; done
 
 .cache/uv/bin/uv:
 	@$(PYTHON) -m venv .cache/uv && .cache/uv/bin/python -m pip install -qq uv
@@ -63,7 +92,7 @@ clean: ## remove the environments and caches, never a run
 
 # The stamp is removed first and written last: an install cut short starts over from an
 # empty environment, because pip takes a half-copied package for an installed one.
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): $(LOCK) pyproject.toml
 	@command -v "$(PYTHON)" >/dev/null || { \
 		echo "make: $(PYTHON): no such program. Install Python 3.11 or newer, or name yours: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -75,8 +104,8 @@ $(STAMP): requirements.lock pyproject.toml
 		"$(PYTHON)" -m venv --clear $(VENV); \
 	fi
 	@rm -f $(STAMP)
-	@echo "$(VENV): installing the packages pinned in requirements.lock (a minute or two the first time)"
-	@$(BIN)/python -m pip install -qq --require-hashes -r requirements.lock
-	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable .
+	@echo "$(VENV): installing the packages pinned in $(LOCK) (a minute or two the first time)"
+	@$(BIN)/python -m pip install -qq --require-hashes -r $(LOCK)
+	@[ $(LOCK) != requirements.lock ] || $(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
-	@$(BIN)/python -c 'from importlib.metadata import version as v; import platform as p; print("$(VENV): ready: Python", p.python_version(), "jax", v("jax"), "flax", v("flax"))'
+	@$(BIN)/python -c 'from importlib.metadata import version as v; import platform as p; print("$(VENV): ready: Python", p.python_version(), "jax", v("jax"))'

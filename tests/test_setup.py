@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, GROUPS = SETTINGS["project"], SETTINGS["dependency-groups"]
 
 
 def distribution(requirement: str) -> str:
@@ -18,17 +19,31 @@ def distribution(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", re.split(r"[<>=!~\[; ]", requirement)[0]).lower()
 
 
-@pytest.fixture(scope="module")
-def locked() -> list[str]:
+def pinned_in(file: str) -> list[str]:
     """The pinned requirements, each on one line."""
-    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    text = (ROOT / file).read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     return "\n".join(lines).replace("\\\n", " ").splitlines()
 
 
-def test_lock_pins_names_versions_hashes_and_nothing_else(locked):
+@pytest.fixture(scope="module")
+def locked() -> list[str]:
+    return pinned_in("requirements.lock")
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in ROOT.glob("requirements*.lock")))
+def test_lock_pins_names_versions_hashes_and_nothing_else(file):
     pinned = re.compile(r"[a-z0-9-]+==[\w.]+( ; [^\\#]+?)?( +--hash=sha256:[0-9a-f]{64})+")
-    assert [line for line in locked if not pinned.fullmatch(line)] == []
+    assert [line for line in pinned_in(file) if not pinned.fullmatch(line)] == []
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_lock_covers_what_its_group_asks_for(group):
+    asked = dict(r.split("==") for r in GROUPS[group] if "==" in r)
+    pinned = dict(line.split()[0].split("==") for line in pinned_in(f"requirements-{group}.lock"))
+    for name, version in asked.items():
+        assert pinned[distribution(name)] == version, "run `make lock`"
+    assert {distribution(r) for r in GROUPS[group]} <= set(pinned), "run `make lock`"
 
 
 def test_lock_covers_what_the_project_asks_for(locked):
