@@ -6,6 +6,7 @@ Needs jax alone.
 """
 
 from jaxformer_kernels.attention import Dropout, Mask, attention
+from jaxformer_kernels.decode_attention import decode_attention
 from jaxformer_kernels.dispatch import compiling_for, interpreting
 
-__all__ = ["Dropout", "Mask", "attention", "compiling_for", "interpreting"]
+__all__ = ["Dropout", "Mask", "attention", "compiling_for", "decode_attention", "interpreting"]
