@@ -1,0 +1,103 @@
+"""The gradient of the bias on TPU: a kernel of its own, which only calls with a bias pay for.
+
+The bias may broadcast along any axis, so its gradient is a sum over those. The grid runs over them
+innermost: a block of the gradient stays in vector memory until it is complete, nothing larger than
+the bias is ever in main memory, and the order of the sum is fixed.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from jaxformer_kernels.attention import mosaic_tpu_arithmetic as arithmetic
+from jaxformer_kernels.attention import mosaic_tpu_operands as operands
+from jaxformer_kernels.attention import mosaic_tpu_tiles as tiles_lib
+from jaxformer_kernels.attention import schedule
+from jaxformer_kernels.attention.mosaic_tpu_operands import Place
+
+
+def run(options, q, k, v, bias, mask, seed, lse, delta, out_gradient):
+    """The gradient of `bias`, in its shape and dtype; arguments as in the backward pass."""
+    B, T, N, _ = q.shape
+    S = v.shape[1]
+    tiles = tiles_lib.choose(T, S, 1)
+    plan = operands.plan(options, tiles, q, v, mask)
+    steps = tiles_lib.steps(mask, T, S, tiles)
+    codes = schedule.classify(mask, T, S, tiles.rows, tiles.columns)
+    inputs = {
+        "q": operands.heads_first(q, tiles.rows),
+        "k": operands.heads_first(k, tiles.columns),
+        "v": operands.heads_first(v, tiles.columns),
+        "out_gradient": operands.heads_first(out_gradient, tiles.rows),
+        **operands.rows(plan, lse, delta),
+        **operands.mask_arrays(mask, plan),
+        "bias": operands.turned(bias, plan),
+    }
+    sizes = (B, N, plan.row_blocks, plan.column_blocks)
+    # Axes along which the bias is whole come first, those it is summed over last.
+    order = sorted(range(4), key=lambda axis: bias.shape[axis] == 1)
+    kept = sum(size != 1 for size in bias.shape)
+    locate = functools.partial(_locate, plan, order, codes.shape)
+    results = operands.call(
+        _kernel(plan, steps, order, kept, codes.shape),
+        plan,
+        grid=tuple(sizes[axis] for axis in order),
+        semantics=("parallel",) * kept + ("arbitrary",) * (4 - kept),
+        prefetch={
+            "codes": jnp.asarray(codes).reshape(-1),
+            "numbers": operands.numbers(mask, plan, seed),
+        },
+        inputs=inputs,
+        outputs={"dbias": (inputs["bias"].shape, jnp.float32)},
+        scratch={},
+        locate=locate,
+        products=2,
+        steps=steps,
+    )
+    dbias = results["dbias"].swapaxes(2, 3)[:, :, : bias.shape[2], : bias.shape[3]]
+    return dbias.astype(bias.dtype)
+
+
+def _indices(order, grid):
+    """(b, n, block of queries, block of keys) out of the grid's indices."""
+    return tuple(grid[order.index(axis)] for axis in range(4))
+
+
+def _code_index(shape, b, row, column):
+    lists, row_blocks, column_blocks = shape
+    return ((0 if lists == 1 else b) * row_blocks + row) * column_blocks + column
+
+
+def _locate(plan, order, shape, *grid):
+    b, n, row, column = _indices(order, grid[:4])
+    return Place(b, n // (plan.N // plan.K), n, row, column)
+
+
+def _kernel(plan, steps, order, kept, shape):
+    def attention_bias_gradient(scalars, refs):
+        grid = [pl.program_id(axis) for axis in range(4)]
+        b, n, row, column = _indices(order, grid)
+        place = Place(b, n // (plan.N // plan.K), n, row, column)
+        code = scalars["codes"][_code_index(shape, b, row, column)]
+        dbias = refs["dbias"]
+
+        starts = True
+        for index in grid[kept:]:
+            starts = starts & (index == 0)
+
+        @pl.when(starts)
+        def _():
+            dbias[...] = jnp.zeros(dbias.shape, jnp.float32)
+
+        def tile(head, chunk, masked):
+            _, _, after = arithmetic.gradients(plan, scalars, refs, place, head, chunk, masked)
+            keys = slice(None) if dbias.shape[1] == 1 else arithmetic.tile(plan, chunk)
+            for axis in range(2):
+                if dbias.shape[1 + axis] == 1:
+                    after = jnp.sum(after, axis=axis, keepdims=True)
+            dbias[0, keys, :] += after
+
+        arithmetic.by_code(plan, steps, code, tile)
+
+    return attention_bias_gradient
