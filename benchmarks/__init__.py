@@ -1,0 +1,1 @@
+"""What the kernels cost and how right they are: run by hand, and by CI in small."""
