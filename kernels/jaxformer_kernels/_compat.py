@@ -37,3 +37,31 @@ def cudnn_version() -> int | None:
         return cuda_versions.cudnn_get_version() if cuda_versions else None
     except RuntimeError:  # the plugin is there, the library is not
         return None
+
+
+def shape_like(shape, dtype, array) -> jax.ShapeDtypeStruct:
+    """A shape that varies over the mesh axes over which `array` does, inside `jax.shard_map`."""
+    return jax.ShapeDtypeStruct(
+        shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type
+    )
+
+
+def is_hopper() -> bool:
+    """Whether the device is an sm_90, or there is none and code is compiled ahead of time."""
+    try:
+        capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "9.0")
+    except RuntimeError:
+        return True
+    return capability == "9.0"
+
+
+def gpu_interpreter(parameters):
+    """`dispatch.interpreter()` as `plgpu.kernel` takes it."""
+    if parameters is not True:
+        return parameters
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams()
+
+
+HAS_GPU_INTERPRETER = jax.__version_info__ >= (0, 11, 2)

@@ -67,10 +67,21 @@ def keep(seed, rate, b, n, t, s):
     Returns:
         bool array of the broadcast shape.
     """
-    b, n, t, s = (jnp.asarray(index).astype(jnp.uint32) for index in (b, n, t, s))
-    # Two independent 32-bit hashes of the row, so that two rows share a mask only if both collide.
-    row = _mix(_mix(_mix(b ^ seed[0]) + n) + t)
-    other = _mix(_mix(_mix(b + seed[1]) ^ n) + t)
+    return keep_in_rows(*rows(seed, b, n, t), rate, s)
+
+
+def rows(seed, b, n, t):
+    """Two hashes of the row (b, n, t), as uint32: what `keep_in_rows` needs of it.
+
+    Two, so that two rows share a mask only if both collide.
+    """
+    b, n, t = (jnp.asarray(index).astype(jnp.uint32) for index in (b, n, t))
+    return _mix(_mix(_mix(b ^ seed[0]) + n) + t), _mix(_mix(_mix(b + seed[1]) ^ n) + t)
+
+
+def keep_in_rows(row, other, rate, s):
+    """`keep`, for the rows that have these two hashes."""
+    s = jnp.asarray(s).astype(jnp.uint32)
     bits = _mix(_mix(row + s * np.uint32(0x9E3779B9)) ^ other)
     return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
 

@@ -87,3 +87,56 @@ def _extremes(ids, size):
     padded = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % size)), mode="edge")
     padded = padded.reshape(ids.shape[0], -1, size)
     return padded.min(axis=-1), padded.max(axis=-1)
+
+
+def intervals(mask, T: int, S: int, by_query: bool = True):
+    """What the mask hides by position, as one interval of visible places for every row.
+
+    Segments and `array` are left out.
+
+    Args:
+        by_query: rows are queries and an interval is of keys; else the other way round.
+
+    Returns:
+        (low, high), each int32 [B or 1, T] (or S): low <= place < high is visible.
+    """
+    left, right = mask.bounds
+    offset = _row(mask.q_offset)
+    kv_start = 0 if mask.kv_start is None else _row(mask.kv_start)
+    kv_end = S if mask.kv_end is None else _row(mask.kv_end)
+    if by_query:
+        place = np.arange(T, dtype=np.int32)[None] + offset
+        low = jnp.maximum(kv_start, 0 if left is None else place - left)
+        high = jnp.minimum(kv_end, S if right is None else place + right + 1)
+        low, high = jnp.maximum(low, 0), jnp.minimum(high, S)
+    else:
+        place = np.arange(S, dtype=np.int32)[None]
+        low = jnp.maximum(0, 0 if right is None else place - offset - right)
+        high = jnp.minimum(T, T if left is None else place - offset + left + 1)
+        high = jnp.where((place >= kv_start) & (place < kv_end), high, 0)
+    shape = np.broadcast_shapes(low.shape, high.shape, (1, T if by_query else S))
+    return jnp.broadcast_to(low, shape), jnp.broadcast_to(high, shape)
+
+
+def ranges(code):
+    """The columns of a table of `classify` to visit, as ranges for every row.
+
+    Returns:
+        int32 [B or 1, rows, 4]: first, stop of the columns that are not EMPTY; and whole_first,
+        whole_stop of the longest run of FULL ones from the first of them on.
+    """
+    count = code.shape[2]
+    place = np.arange(count)
+    some, full = code != EMPTY, code == FULL
+    first = jnp.min(jnp.where(some, place, count), axis=2)
+    stop = jnp.max(jnp.where(some, place + 1, 0), axis=2)
+    whole_first = jnp.min(jnp.where(full, place, count), axis=2)
+    broken = ~full & (place >= whole_first[..., None])
+    whole_stop = jnp.min(jnp.where(broken, place, count), axis=2)
+    first = jnp.minimum(first, stop)
+    return jnp.stack([first, stop, whole_first, whole_stop], axis=2).astype(jnp.int32)
+
+
+def _row(position):
+    """A position, scalar or [B], as something that broadcasts against [B, length]."""
+    return position if np.ndim(position) == 0 else position[:, None]

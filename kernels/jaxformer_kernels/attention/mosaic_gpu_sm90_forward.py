@@ -1,0 +1,198 @@
+"""The forward pass on Hopper: warp-specialised FlashAttention (Shah et al. 2024, arXiv:2407.08608).
+
+A block of the grid takes 128 queries of one head. One warpgroup does nothing but fetch: it streams
+tiles of k and v through a ring of stages by TMA. Two warpgroups compute, 64 queries each, out of
+phase: while one multiplies on the tensor cores, the other takes its exponentials.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxformer_kernels.attention import mosaic_gpu_sm90_tiles as tiles
+from jaxformer_kernels.attention.mosaic_gpu_sm90_tiles import LOG2E, ROW, ROWS
+
+GROUPS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Sizes of the forward kernel.
+
+    Attributes:
+        columns: keys in a tile, a multiple of 64.
+        stages: tiles of k, and of v, in flight.
+    """
+
+    columns: int
+    stages: int
+
+    def shared_bytes(self, H: int, Hv: int, itemsize: int = 2) -> int:
+        """Shared memory that a launch takes, barriers and alignment aside."""
+        tiles_of_keys = self.stages * self.columns * (H + Hv)
+        return (GROUPS * ROWS * (H + Hv) + tiles_of_keys) * itemsize + GROUPS * ROWS * 4
+
+
+def forward(options, blocks, operands):
+    """Attention, and its log-sum-exp in units of log2.
+
+    Args:
+        options: `mosaic_gpu_sm90_tiles.Options`.
+        blocks: `Blocks`.
+        operands: by name, as `mosaic_gpu.prepare` makes them: q [B, T, N, H], k [B, S, K, H],
+            v [B, S, K, Hv], head dims multiples of 64; and those of bias, sinks, seed, q_ranges,
+            q_low, q_high, q_segments and kv_segments that the call has.
+
+    Returns:
+        out [B, T, N, Hv] in q's dtype; lse float32 [B, N, T to the next multiple of 128].
+    """
+    q, v = operands["q"], operands["v"]
+    B, T, N, H = q.shape
+    Hv = v.shape[3]
+    steps_of_queries = pl.cdiv(T, GROUPS * ROWS)
+    tile = functools.partial(tiles.shared, dtype=q.dtype)
+    scratch = {
+        "q_tile": tile((GROUPS, ROWS, H)),
+        "out_tile": tile((GROUPS, ROWS, Hv)),
+        "k_tiles": tile((blocks.stages, blocks.columns, H)),
+        "v_tiles": tile((blocks.stages, blocks.columns, Hv)),
+        "lse_tile": plgpu.SMEM((GROUPS, ROWS), jnp.float32),
+        "q_ready": plgpu.Barrier(num_barriers=GROUPS),
+        "turn": plgpu.Barrier(num_arrivals=GROUPS),
+        **tiles.barriers(("k", "v"), blocks.stages, GROUPS),
+    }
+    if options.interpret is not None:
+        scratch["p_tile"] = tile((GROUPS, ROWS, blocks.columns))
+    outputs = {
+        "out": jax.ShapeDtypeStruct((B, T, N, Hv), q.dtype),
+        "lse": jax.ShapeDtypeStruct((B, N, steps_of_queries * GROUPS * ROWS), jnp.float32),
+    }
+    grid = {"n": N, "i": steps_of_queries, "b": B}
+
+    def attention_forward(refs):
+        _body(options, blocks, refs)
+
+    return tiles.launch(options, attention_forward, operands, outputs, scratch, grid, GROUPS)
+
+
+def _body(options, blocks, refs):
+    b, n = lax.axis_index("b"), lax.axis_index("n")
+    # Under a causal mask the last queries have the most keys: they start first.
+    i = pl.cdiv(refs["q"].shape[1], GROUPS * ROWS) - 1 - lax.axis_index("i")
+    steps_of_keys = pl.cdiv(refs["k"].shape[1], blocks.columns)
+    first, stop, partial = tiles.visits(refs, "q", b, i, steps_of_keys)
+    head = lax.div(n, jnp.int32(refs["q"].shape[2] // refs["k"].shape[2]))
+
+    def fetch():
+        def place(step):
+            return b, pl.ds((first + step) * blocks.columns, blocks.columns), head
+
+        tiles.stream(refs, {"k": place, "v": place}, stop - first, blocks.stages)
+
+    def compute(group):
+        _compute(options, blocks, refs, (b, n, i, group), first, stop, partial)
+
+    tiles.roles(GROUPS, compute, fetch)
+
+
+def _compute(options, blocks, refs, place, first, stop, partial):
+    b, n, i, group = place
+    start = (i * GROUPS + group) * ROWS
+    Hv = refs["out_tile"].shape[2]
+    q_tile = refs["q_tile"].at[group]
+    at = (b, pl.ds(start, ROWS), n)
+    plgpu.copy_gmem_to_smem(refs["q"].at[at], q_tile, refs["q_ready"].at[group])
+    rows = tiles.load_rows(refs, "q", b, start)
+    plgpu.barrier_wait(refs["q_ready"].at[group])
+    steps = stop - first
+
+    def rendezvous():
+        plgpu.barrier_arrive(refs["turn"])
+        plgpu.barrier_wait(refs["turn"])
+
+    @pl.when(steps > 0)
+    def _first_keys():
+        plgpu.barrier_wait(refs["k_ready"].at[0])
+
+    # From here on the second group is half a step behind the first.
+    pl.when(group == 1)(rendezvous)
+
+    def step(number, carry):
+        acc, top, total = carry
+        slot = lax.rem(number, jnp.int32(blocks.stages))
+        j = first + number
+
+        def multiply(accumulator):
+            plgpu.wgmma(accumulator, q_tile, refs["k_tiles"].at[slot].transpose((1, 0)))
+            rendezvous()
+            return accumulator[...]
+
+        x = pl.run_scoped(multiply, plgpu.ACC((ROWS, blocks.columns), jnp.float32))
+        plgpu.barrier_arrive(refs["k_free"].at[slot])
+        state = acc, top, total
+        p, acc, top, total = _softmax(options, refs, rows, (b, n, start, j), x, state, partial(j))
+        p = p.astype(q_tile.dtype)
+        acc, top, total, p = lax.optimization_barrier((acc, top, total, p))
+        plgpu.barrier_arrive(refs["turn"])
+        plgpu.barrier_wait(refs["v_ready"].at[slot])
+        plgpu.barrier_wait(refs["turn"])
+        staging = None if options.interpret is None else refs["p_tile"].at[group]
+        acc = tiles.accumulate(options, acc, p, refs["v_tiles"].at[slot], staging)
+        plgpu.barrier_arrive(refs["v_free"].at[slot])
+
+        @pl.when(number + 1 < steps)
+        def _next_keys():
+            plgpu.barrier_wait(refs["k_ready"].at[lax.rem(number + 1, jnp.int32(blocks.stages))])
+
+        return acc, top, total
+
+    nothing = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
+    none = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
+    carry = tiles.zeros((ROWS, Hv)), nothing, none
+    acc, top, total = lax.fori_loop(0, steps, step, carry)
+    pl.when(group == 0)(rendezvous)
+
+    sees = top != -jnp.inf
+    if "sinks" in refs:
+        sink = refs["sinks"][n] * LOG2E
+        total = total + jnp.exp2(sink - top)
+    inverse = jnp.where(sees, 1 / total, 0.0)
+    out_tile, lse_tile = refs["out_tile"].at[group], refs["lse_tile"].at[group]
+    out_tile[...] = (acc * tiles.spread(inverse, acc.shape)).astype(out_tile.dtype)
+    lse_tile[...] = jnp.where(sees, top + jnp.log2(total), -jnp.inf)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_tile, refs["out"].at[at])
+    plgpu.copy_smem_to_gmem(lse_tile, refs["lse"].at[b, n, pl.ds(start, ROWS)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _softmax(options, refs, rows, place, x, state, partial):
+    """One step of the online softmax: probabilities after dropout, and the state rescaled."""
+    b, n, start, j = place
+    acc, top, total = state
+    column = j * x.shape[1]
+    z, _ = tiles.bent(options, x)
+    z = tiles.add_bias(z, refs, "bias", b, n, start, column)
+    z = tiles.hide(z, rows, refs, "kv_segments", b, column, partial)
+    new_top = jnp.maximum(top, z.max(axis=1))
+    finite = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+    p = jnp.exp2(z - tiles.spread(finite, z.shape))
+    shrink = jnp.exp2(top - finite)
+    total = total * shrink + p.sum(axis=1)
+    acc = acc * tiles.spread(shrink, acc.shape)
+    if options.rate:
+        keep = tiles.kept(options, refs["seed"], b, n, z.shape, start, column, 0)
+        p = tiles.drop(options, p, keep)
+    return p, acc, new_top, total
+
+
+def choose(H: int, Hv: int) -> Blocks:
+    """Blocks for these head dims, which are multiples of 64."""
+    if max(H, Hv) > 128:
+        return Blocks(columns=64, stages=2)
+    return Blocks(columns=128, stages=2)
