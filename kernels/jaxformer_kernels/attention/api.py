@@ -6,21 +6,23 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer_kernels import _compat, dispatch
-from jaxformer_kernels.attention import cudnn, reference, xla
+from jaxformer_kernels.attention import cudnn, mosaic_gpu, mosaic_tpu, reference, xla
 from jaxformer_kernels.attention.call import describe
 from jaxformer_kernels.attention.dropout import Dropout
 from jaxformer_kernels.attention.mask import Mask
 
 IMPLEMENTATIONS = {
     "xla": xla.IMPLEMENTATION,
+    "mosaic_tpu": mosaic_tpu.IMPLEMENTATION,
     "cudnn": cudnn.IMPLEMENTATION,
+    "mosaic_gpu": mosaic_gpu.IMPLEMENTATION,
     "reference": reference.IMPLEMENTATION,
 }
 
 _EVERYTHING = Mask()
 
 # Fastest first, as measured by benchmarks/.
-ORDER = {"default": ("xla",)}
+ORDER = {"default": ("xla",), "tpu": ("mosaic_tpu", "xla")}
 
 
 def attention(

@@ -8,6 +8,7 @@ the bias is ever in main memory, and the order of the sum is fixed.
 import functools
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxformer_kernels.attention import mosaic_tpu_arithmetic as arithmetic
@@ -38,7 +39,7 @@ def run(options, q, k, v, bias, mask, seed, lse, delta, out_gradient):
     # Axes along which the bias is whole come first, those it is summed over last.
     order = sorted(range(4), key=lambda axis: bias.shape[axis] == 1)
     kept = sum(size != 1 for size in bias.shape)
-    locate = functools.partial(_locate, plan, order, codes.shape)
+    locate = functools.partial(_place, plan, order)
     results = operands.call(
         _kernel(plan, steps, order, kept, codes.shape),
         plan,
@@ -59,27 +60,24 @@ def run(options, q, k, v, bias, mask, seed, lse, delta, out_gradient):
     return dbias.astype(bias.dtype)
 
 
-def _indices(order, grid):
-    """(b, n, block of queries, block of keys) out of the grid's indices."""
-    return tuple(grid[order.index(axis)] for axis in range(4))
+def _place(plan, order, *grid):
+    """The `Place` that the grid's indices, which come first in `grid`, name."""
+    b, n, row, column = (grid[order.index(axis)] for axis in range(4))
+    # Not //, which minds signs and so asks which TPU it is compiled for.
+    return Place(b, lax.div(n, jnp.int32(plan.N // plan.K)), n, row, column)
 
 
-def _code_index(shape, b, row, column):
+def _code_index(shape, place):
     lists, row_blocks, column_blocks = shape
-    return ((0 if lists == 1 else b) * row_blocks + row) * column_blocks + column
-
-
-def _locate(plan, order, shape, *grid):
-    b, n, row, column = _indices(order, grid[:4])
-    return Place(b, n // (plan.N // plan.K), n, row, column)
+    row = place.row if lists == 1 else place.b * row_blocks + place.row
+    return row * column_blocks + place.column
 
 
 def _kernel(plan, steps, order, kept, shape):
     def attention_bias_gradient(scalars, refs):
         grid = [pl.program_id(axis) for axis in range(4)]
-        b, n, row, column = _indices(order, grid)
-        place = Place(b, n // (plan.N // plan.K), n, row, column)
-        code = scalars["codes"][_code_index(shape, b, row, column)]
+        place = _place(plan, order, *grid)
+        code = scalars["codes"][_code_index(shape, place)]
         dbias = refs["dbias"]
 
         starts = True

@@ -23,7 +23,7 @@ PER_ROW = 3  # a row of the batch's offset, first visible key, end of the visibl
 
 # v5p has 64 MiB of vector memory.
 MOST_VMEM = 60 * 2**20
-_LIVE_TILES = 6
+_LIVE_TILES = 12
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Every implementation, and each regime of those that have several, under one fixture."""
 
+import contextlib
 import functools
 
 import pytest
 
-from jaxformer_kernels import attention
-from jaxformer_kernels.attention import xla, xla_long, xla_short
+from jaxformer_kernels import attention, interpreting
+from jaxformer_kernels.attention import mosaic_tpu_tiles, xla, xla_long, xla_short
 
 # Small enough that the suite's tiny shapes have several blocks, the last of them ragged.
 REGIMES = {
@@ -21,22 +22,38 @@ REGIMES = {
             (xla_long, "COLUMNS"): 5,
         },
     ),
+    "mosaic_tpu": (
+        "mosaic_tpu",
+        {
+            (mosaic_tpu_tiles, "LANES"): 2,
+            (mosaic_tpu_tiles, "ROWS"): 4,
+            (mosaic_tpu_tiles, "COLUMNS"): 4,
+            (mosaic_tpu_tiles, "CHUNK"): 2,
+            (mosaic_tpu_tiles, "SHARED_ROWS"): 8,
+        },
+    ),
 }
+
+
+@contextlib.contextmanager
+def regime(name, monkeypatch):
+    """`attention` bound to one implementation in one regime; kernels run in their interpreter."""
+    implementation, settings = REGIMES[name]
+    for (module, attribute), value in settings.items():
+        monkeypatch.setattr(module, attribute, value)
+    with interpreting() if implementation == "mosaic_tpu" else contextlib.nullcontext():
+        yield functools.partial(attention, implementation=implementation)
 
 
 @pytest.fixture(params=REGIMES)
 def implementation(request, monkeypatch):
     """`attention` bound to one implementation in one regime."""
-    name, settings = REGIMES[request.param]
-    for (module, attribute), value in settings.items():
-        monkeypatch.setattr(module, attribute, value)
-    return functools.partial(attention, implementation=name)
+    with regime(request.param, monkeypatch) as bound:
+        yield bound
 
 
 @pytest.fixture(params=[name for name in REGIMES if name != "reference"])
 def fast_implementation(request, monkeypatch):
     """The same without the reference."""
-    name, settings = REGIMES[request.param]
-    for (module, attribute), value in settings.items():
-        monkeypatch.setattr(module, attribute, value)
-    return functools.partial(attention, implementation=name)
+    with regime(request.param, monkeypatch) as bound:
+        yield bound
