@@ -8,15 +8,16 @@ import jax.numpy as jnp
 
 from jaxformer_kernels import _compat, dispatch
 from jaxformer_kernels.attention.mask import Mask
-from jaxformer_kernels.decode_attention import reference, xla
+from jaxformer_kernels.decode_attention import mosaic_tpu, reference, xla
 from jaxformer_kernels.decode_attention.call import Options, describe
 
 IMPLEMENTATIONS = {
     "xla": xla.IMPLEMENTATION,
+    "mosaic_tpu": mosaic_tpu.IMPLEMENTATION,
     "reference": reference.IMPLEMENTATION,
 }
 
-ORDER = {"default": ("xla",)}
+ORDER = {"tpu": ("mosaic_tpu", "xla"), "default": ("xla",)}
 
 
 def decode_attention(

@@ -32,7 +32,7 @@ class Shape:
         """The same kind of call in small, for tests.
 
         Args:
-            length: S is at most this; the window's and a page's share of it stay, roughly.
+            length: S is at most this; the window's share of it stays, roughly, and a page's.
             groups: at most so many key-value heads, and at most so many query heads for each.
             head_dim: at most so large.
         """
@@ -50,7 +50,7 @@ class Shape:
             K=K,
             H=min(self.H, head_dim),
             window=None if self.window is None else tuple(map(shrink, self.window)),
-            page_size=None if self.page_size is None else max(4, shrink(self.page_size)),
+            page_size=None if self.page_size is None else max(8, shrink(self.page_size)),
         )
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import jaxformer_kernels
 from jaxformer_kernels import decode_attention
-from jaxformer_kernels.decode_attention import xla
+from jaxformer_kernels.decode_attention import mosaic_tpu, xla
 
 FEATURES = (
     "few_queries",
@@ -187,6 +187,19 @@ REGIMES = {
     "reference": Regime("reference"),
     "xla_one_block": Regime("xla"),
     "xla_blocked": Regime("xla", {(xla, "_BLOCK"): 5}),
+    # Of wide heads 16 positions a block, of narrow ones 128: three blocks, the last of them ragged.
+    "mosaic_tpu": Regime(
+        "mosaic_tpu",
+        {(mosaic_tpu, "_LOGITS"): 1},
+        interpreted=True,
+        sizes=Sizes(S=40, H=128, Hv=256, window=9, page_size=8, lengths=(40, 0, 23, 2, 33)),
+    ),
+    "mosaic_tpu_narrow": Regime(
+        "mosaic_tpu",
+        {(mosaic_tpu, "_LOGITS"): 1},
+        interpreted=True,
+        sizes=Sizes(S=300, window=140, page_size=128, lengths=(300, 0, 180, 2)),
+    ),
 }
 
 
