@@ -8,5 +8,15 @@ Needs jax alone.
 from jaxformer_kernels.attention import Dropout, Mask, attention
 from jaxformer_kernels.decode_attention import decode_attention
 from jaxformer_kernels.dispatch import compiling_for, interpreting
+from jaxformer_kernels.linear_cross_entropy import CrossEntropy, linear_cross_entropy
 
-__all__ = ["Dropout", "Mask", "attention", "compiling_for", "decode_attention", "interpreting"]
+__all__ = [
+    "CrossEntropy",
+    "Dropout",
+    "Mask",
+    "attention",
+    "compiling_for",
+    "decode_attention",
+    "interpreting",
+    "linear_cross_entropy",
+]
