@@ -4,7 +4,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformer.config import ModelConfig
-from jaxformer.models.transformer import Output, Transformer, check_length, make_embedding
+from jaxformer.models.output import LogitFactors, Output
+from jaxformer.models.transformer import Transformer, check_length, make_embedding
 from jaxformer.nn import Cache
 from jaxformer.nn.precision import activation_dtype
 
@@ -32,6 +33,18 @@ class DecoderLM(nnx.Module):
 
         Tokens attend to earlier tokens of their own segment. `key` turns dropout on.
         """
+        factors = self.logit_factors(inputs, segment_ids=segment_ids, positions=positions, key=key)
+        return factors.logits()
+
+    def logit_factors(
+        self,
+        inputs: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> LogitFactors:
+        """The same logits, not multiplied out."""
         x = self.decoder(
             self.embedding(inputs), segment_ids=segment_ids, positions=positions, key=key
         )
@@ -61,4 +74,4 @@ class DecoderLM(nnx.Module):
         x, cache = self.decoder.extend(self.embedding(tokens), cache)
         if last:
             x = x[:, -1:]
-        return self.output(x, self.embedding), cache
+        return self.output(x, self.embedding).logits(), cache

@@ -8,7 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformer.config import ModelConfig
-from jaxformer.models.transformer import Output, Transformer, check_length, make_embedding
+from jaxformer.models.output import LogitFactors, Output
+from jaxformer.models.transformer import Transformer, check_length, make_embedding
 from jaxformer.nn import Cache
 from jaxformer.nn.precision import activation_dtype
 
@@ -45,6 +46,25 @@ class EncoderDecoder(nnx.Module):
         A target token attends to source tokens whose segment id equals its own. `key` turns dropout
         on.
         """
+        factors = self.logit_factors(
+            source,
+            inputs,
+            source_segment_ids=source_segment_ids,
+            segment_ids=segment_ids,
+            key=key,
+        )
+        return factors.logits()
+
+    def logit_factors(
+        self,
+        source: Int[Array, "B S"],
+        inputs: Int[Array, "B T"],
+        *,
+        source_segment_ids: Int[Array, "B S"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> LogitFactors:
+        """The same logits, not multiplied out."""
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         encoded = self.encode(source, source_segment_ids=source_segment_ids, key=encoder_key)
         x = self.decoder(
@@ -118,4 +138,4 @@ class EncoderDecoder(nnx.Module):
         x, cache = self.decoder.extend(self.embedding(tokens), cache)
         if last:
             x = x[:, -1:]
-        return self.output(x, self.embedding), cache
+        return self.output(x, self.embedding).logits(), cache

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxformer.config import ModelConfig
 from jaxformer.nn import Block, Cache, Embedding, dropout, run_layers, stack_layers
 from jaxformer.nn.block import make_norm
-from jaxformer.nn.linear import Linear, matmul
 from jaxformer.nn.position import RelativeBias, alibi, sinusoidal
 from jaxformer_kernels import Mask
 
@@ -210,37 +209,3 @@ class Transformer(nnx.Module):
             return None, None
         input_key, layers_key = jax.random.split(key)
         return input_key, jax.random.split(layers_key, self.layers)
-
-
-class Output(nnx.Module):
-    """Final hidden states to logits, through the tied embedding or a projection of its own."""
-
-    def __init__(self, config: ModelConfig, vocabulary: int, rngs: nnx.Rngs):
-        self.config = config
-        self.projection = (
-            None
-            if config.tied_embeddings
-            else Linear(
-                {"D": config.width},
-                {"V": vocabulary},
-                bias=False,
-                rngs=rngs,
-                param_dtype=config.param_dtype,
-                compute_dtype=config.compute_dtype,
-            )
-        )
-
-    def __call__(self, x: Float[Array, "B T D"], embedding: Embedding) -> Float[Array, "B T V"]:
-        """Logits, float32."""
-        config = self.config
-        if config.output_scale != 1.0:
-            x = x * config.output_scale
-        if self.projection is None:
-            logits = embedding.attend(x)
-        else:
-            rows = x.reshape(-1, config.width).astype(jnp.float32)
-            logits = matmul(rows, self.projection.kernel[...], config.compute_dtype)
-            logits = logits.reshape(*x.shape[:-1], -1)
-        if config.output_softcap is not None:
-            logits = config.output_softcap * jnp.tanh(logits / config.output_softcap)
-        return logits

@@ -1,17 +1,15 @@
-"""Token embeddings, and the output projection that may share them."""
+"""Token embeddings."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxformer.nn.linear import matmul
 from jaxformer.nn.parameters import parameter
 from jaxformer.nn.precision import activation_dtype
 
 
 class Embedding(nnx.Module):
-    """A table [V, D] that maps tokens to vectors, and vectors to logits when tied."""
+    """A table [V, D] that maps tokens to vectors; an output projection may share it."""
 
     def __init__(
         self,
@@ -34,9 +32,3 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         return self.table[...][tokens].astype(activation_dtype(self.compute_dtype))
-
-    def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Logits, float32: inner products of x with the rows of the table (Press & Wolf, 2017)."""
-        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        logits = matmul(rows, self.table[...], self.compute_dtype, True)
-        return logits.reshape(*x.shape[:-1], -1)

@@ -31,9 +31,9 @@ def batch_loss(
     key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Summed objective of a batch, and the sums of `losses.cross_entropy`."""
-    logits = apply(params, **model_inputs(batch), key=key)
+    factors = apply(params, **model_inputs(batch), key=key, method="logit_factors")
     return cross_entropy(
-        logits,
+        factors,
         batch["targets"],
         batch["weights"],
         label_smoothing=label_smoothing,

@@ -133,24 +133,8 @@ def test_narrow_parameters_get_narrow_gradients():
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("bfloat16")}
 
 
-def test_embedding_looks_rows_up_and_attends_with_the_same_table():
+def test_embedding_looks_rows_up():
     module = Embedding(12, 8, rngs=nnx.Rngs(0))
-    table = np.asarray(module.table[...], np.float64)
+    table = np.asarray(module.table[...])
     tokens = jnp.array([[3, 11], [0, 3]])
-    np.testing.assert_array_equal(module(tokens), table[np.asarray(tokens)].astype(np.float32))
-    x = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
-    logits = module.attend(jnp.asarray(x))
-    assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, x @ table.T, rtol=1e-5, atol=1e-6)
-
-
-def test_tied_table_gets_the_gradients_of_both_its_uses():
-    apply, params = pure(Embedding(7, 4, rngs=nnx.Rngs(0)))
-    tokens, x = jnp.array([1, 1, 5]), jnp.ones((2, 4))
-
-    def both(params):
-        return 2 * apply(params, tokens).sum() + 3 * apply(params, x, method="attend").sum()
-
-    gradient = np.asarray(jax.grad(both)(params)["table"])
-    uses = np.bincount(tokens, minlength=7)
-    np.testing.assert_allclose(gradient, np.repeat(2.0 * uses + 6, 4).reshape(7, 4), rtol=1e-6)
+    np.testing.assert_array_equal(module(tokens), table[np.asarray(tokens)])

@@ -35,7 +35,12 @@ def make_training():
         config = TrainConfig(**options)
         state = init_state(params, optimizer, ema=config.ema is not None)
         step = make_train_step(apply, optimizer, optax.constant_schedule(0.25), config, seed)
-        return SimpleNamespace(apply=jax.jit(apply), state=state, step=jax.jit(step), config=config)
+        return SimpleNamespace(
+            apply=jax.jit(apply, static_argnames="method"),
+            state=state,
+            step=jax.jit(step),
+            config=config,
+        )
 
     return make
 
