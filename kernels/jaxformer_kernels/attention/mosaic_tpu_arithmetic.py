@@ -4,6 +4,8 @@ Logits are in units of log2(e), so that the exponential is the hardware's power 
 goes into the scale, which is multiplied by anyhow.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -15,34 +17,37 @@ from jaxformer_kernels.attention.mosaic_tpu_operands import LOG2_E, PER_ROW
 
 def tile(plan, chunk):
     """The slice of a block's keys that a tile works on, from key `chunk` on."""
-    return pl.ds(pl.multiple_of(chunk, plan.tiles.chunk), plan.tiles.chunk)
+    return pl.ds(chunk, plan.tiles.chunk)
 
 
-def each_tile(plan, body):
-    """`body(head, chunk)` for every tile of a block, in order."""
+def each_head(plan, body):
+    """`body(head)` for every head of a block, in order."""
 
     def of_head(head, _):
-        def of_chunk(index, _):
-            body(head, index * plan.tiles.chunk)
-            return 0
-
-        return lax.fori_loop(0, plan.tiles.columns // plan.tiles.chunk, of_chunk, 0, unroll=True)
+        body(head)
+        return 0
 
     lax.fori_loop(0, plan.tiles.heads, of_head, 0)
 
 
-def by_code(plan, steps, code, body):
-    """`body(head, chunk, masked)` for every tile of a block that is not empty.
+def each_tile(plan, body):
+    """`body(head, chunk)` for every tile of a block, in order; `chunk` is its first key."""
+
+    def of_head(head):
+        for chunk in range(0, plan.tiles.columns, plan.tiles.chunk):
+            body(head, chunk)
+
+    each_head(plan, of_head)
+
+
+def by_code(steps, code, body):
+    """`body(masked)` for a block that is not empty.
 
     `masked`, a Python bool, is whether the mask has to be looked at.
     """
     for kind, masked in ((schedule.FULL, False), (schedule.PARTIAL, True)):
-        if kind not in steps.codes:
-            continue
-
-        @pl.when(code == kind)
-        def _(masked=masked):
-            each_tile(plan, lambda head, chunk: body(head, chunk, masked))
+        if kind in steps.codes:
+            pl.when(code == kind)(functools.partial(body, masked))
 
 
 def dot(a, b, contract):

@@ -8,6 +8,7 @@ of q are added up outside.
 """
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 from jax import lax
@@ -151,7 +152,7 @@ def _kernel(plan, steps):
         def _():
             dq_sum[...] = jnp.zeros(dq_sum.shape, jnp.float32)
 
-        def tile(head, chunk, masked):
+        def tile(masked, head, chunk):
             keys = arithmetic.tile(plan, chunk)
             q, out_gradient = refs["q"][head], refs["out_gradient"][head]
             dropped, before, _ = arithmetic.gradients(
@@ -164,7 +165,9 @@ def _kernel(plan, steps):
             dk_sum[sums, :] += arithmetic.dot(before, q, (1, 0))
             dq_sum[head] += arithmetic.dot(refs["k_turned"][:, keys], before, (1, 0))
 
-        arithmetic.by_code(plan, steps, code, tile)
+        @functools.partial(arithmetic.by_code, steps, code)
+        def _(masked):
+            arithmetic.each_tile(plan, functools.partial(tile, masked))
 
         @pl.when(last)
         def _():

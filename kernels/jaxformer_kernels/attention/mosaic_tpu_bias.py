@@ -88,7 +88,7 @@ def _kernel(plan, steps, order, kept, shape):
         def _():
             dbias[...] = jnp.zeros(dbias.shape, jnp.float32)
 
-        def tile(head, chunk, masked):
+        def tile(masked, head, chunk):
             _, _, after = arithmetic.gradients(plan, scalars, refs, place, head, chunk, masked)
             keys = slice(None) if dbias.shape[1] == 1 else arithmetic.tile(plan, chunk)
             for axis in range(2):
@@ -96,6 +96,8 @@ def _kernel(plan, steps, order, kept, shape):
                     after = jnp.sum(after, axis=axis, keepdims=True)
             dbias[0, keys, :] += after
 
-        arithmetic.by_code(plan, steps, code, tile)
+        @functools.partial(arithmetic.by_code, steps, code)
+        def _(masked):
+            arithmetic.each_tile(plan, functools.partial(tile, masked))
 
     return attention_bias_gradient
