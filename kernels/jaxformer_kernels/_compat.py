@@ -65,3 +65,11 @@ def gpu_interpreter(parameters):
 
 
 HAS_GPU_INTERPRETER = jax.__version_info__ >= (0, 11, 2)
+
+
+def load_to_registers(ref, layout):
+    """`plgpu.load` of a whole reference, by single elements where no better way is known."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    index = () if jax.__version_info__ >= (0, 11) else ((),)
+    return plgpu.load(ref, *index, layout=layout, optimized=False)

@@ -19,6 +19,7 @@ from jaxformer_kernels.attention.blocks import sum_to
 from jaxformer_kernels.attention.call import FEATURES
 
 _HEAD_DIM = 64
+_LENGTH = 8
 _LARGEST_HEAD_DIM = 256
 _LONGEST_TILE = 128
 _DTYPES = ("bfloat16", "float16")
@@ -52,10 +53,12 @@ def mosaic_gpu(q, k, v, bias, sinks, mask, dropout, scale, softcap):
     """
     from jaxformer_kernels.attention import mosaic_gpu_sm90_tiles
 
-    H, Hv = q.shape[3], v.shape[3]
+    T, S, Hv = q.shape[1], *v.shape[1::2]
     has_bias = bias is not None
     bias, mask = _mask_array_as_bias(bias, mask, q.dtype)
     options = mosaic_gpu_sm90_tiles.Options(
+        T=T,
+        S=S,
         scale=scale,
         softcap=softcap,
         rate=0.0 if dropout is None else dropout.rate,
@@ -64,10 +67,10 @@ def mosaic_gpu(q, k, v, bias, sinks, mask, dropout, scale, softcap):
     )
     seed = None if dropout is None else dropout.seed()
     sinks = None if sinks is None else sinks.astype(jnp.float32)
-    q, k, v = (_pad_head(x) for x in (q, k, v))
+    q, k, v = (_pad(x) for x in (q, k, v))
     axes = _compat.varying_axes(q)
     out, lse = _compat.vary(_attend(options, q, k, v, bias, sinks, mask, seed), axes)
-    return out[..., :Hv], lse
+    return out[:, :T, :, :Hv], lse[:, :, :T]
 
 
 IMPLEMENTATION = dispatch.Implementation(
@@ -83,7 +86,7 @@ def _attend(options, q, k, v, bias, sinks, mask, seed):
 def _forward(options, q, k, v, bias, sinks, mask, seed):
     from jaxformer_kernels.attention import mosaic_gpu_sm90_forward as sm90
 
-    T, S = q.shape[1], k.shape[1]
+    T, S = options.T, options.S
     blocks = sm90.choose(q.shape[3], v.shape[3])
     operands = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks, "seed": seed}
     # Keys of a ragged last block are zeros, which would count in the softmax.
@@ -92,7 +95,7 @@ def _forward(options, q, k, v, bias, sinks, mask, seed):
         operands |= mask_operands("q", mask, T, S, rows, blocks.columns)
     operands["bias"] = _pad_to(bias, sm90.GROUPS * sm90.ROWS, blocks.columns, T, S)
     out, lse = sm90.forward(options, blocks, given(operands))
-    lse = lse[:, :, :T] * np.float32(np.log(2))
+    lse = lse[:, :, : q.shape[1]] * np.float32(np.log(2))
     return (out, lse), (q, k, v, bias, sinks, mask, seed, out, lse)
 
 
@@ -104,7 +107,7 @@ def _backward(options, residuals, gradients):
     q, k, v, bias, sinks, mask, seed, out, lse = residuals
     out_gradient, lse_gradient = gradients
     axes = _compat.varying_axes(q)
-    T, S = q.shape[1], k.shape[1]
+    T, S = options.T, options.S
     heads_first = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
     delta = row_delta(heads_first(out), heads_first(out_gradient), lse, lse_gradient)[..., 0]
     seen = jnp.where(lse == -jnp.inf, jnp.inf, lse)
@@ -180,7 +183,9 @@ def mask_operands(prefix, mask, T, S, rows, columns):
     if mask.q_segment_ids is not None:
         sizes = (rows, columns) if by_query else (columns, rows)
         for name, ids, size in zip(
-            ("q_segments", "kv_segments"), (mask.q_segment_ids, mask.kv_segment_ids), sizes,
+            ("q_segments", "kv_segments"),
+            (mask.q_segment_ids, mask.kv_segment_ids),
+            sizes,
             strict=True,
         ):
             result[name] = pad_last(ids.astype(jnp.int32), size)
@@ -201,8 +206,10 @@ def _pad_to(bias, rows, columns, T, S):
     return pad_last(bias, columns) if bias.shape[3] > 1 else bias
 
 
-def _pad_head(x):
-    return pad_last(x, _HEAD_DIM)
+def _pad(x):
+    """[B, T, N, H] with lengths and head dims that the tiles of a TMA transfer divide."""
+    widths = (0, 0), (0, -x.shape[1] % _LENGTH), (0, 0), (0, -x.shape[3] % _HEAD_DIM)
+    return jnp.pad(x, widths)
 
 
 def _mask_array_as_bias(bias, mask, dtype):

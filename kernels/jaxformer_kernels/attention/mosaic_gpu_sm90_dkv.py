@@ -66,8 +66,8 @@ def _launch(options, blocks, operands, wanted):
         **tiles.barriers(("q", "dout", "lse", "delta"), blocks.stages, blocks.groups),
     }
     if options.interpret is not None:
-        for name in ("p_tile", "ds_tile"):
-            scratch[name] = tile((blocks.groups, ROWS, blocks.columns))
+        names = {"dv": "p_tile", "dk": "ds_tile"}
+        scratch |= {names[x]: tile((blocks.groups, ROWS, blocks.columns)) for x in wanted}
     of = {"dk": k, "dv": v}
     outputs = {name: jax.ShapeDtypeStruct(of[name].shape, q.dtype) for name in wanted}
     grid = {"kv": k.shape[2], "j": pl.cdiv(k.shape[1], blocks.groups * ROWS), "b": k.shape[0]}
@@ -120,45 +120,42 @@ def _compute(options, blocks, refs, wanted, place, steps, where, partial):
     rows = tiles.load_rows(refs, "kv", b, start)
     plgpu.barrier_wait(ready)
     shape = (ROWS, blocks.columns)
-    staging = dict.fromkeys(("p", "ds"))
-    if options.interpret is not None:
-        staging = {name: refs[f"{name}_tile"].at[group] for name in staging}
+    staging = {
+        name: refs[f"{name}_tile"].at[group] if f"{name}_tile" in refs else None
+        for name in ("p", "ds")
+    }
 
     def step(number, gradients):
-        slot = lax.rem(number, jnp.int32(blocks.stages))
+        slot = tiles.ring_slot(number, blocks.stages)
+        k_tile, v_tile = (
+            tiles.own_tile(refs[name], group, number) for name in ("k_tile", "v_tile")
+        )
         n, i = where(number)
         names = ("q", "dout", "lse", "delta")
         for name in names:
             plgpu.barrier_wait(refs[f"{name}_ready"].at[slot])
         q_tile, dout_tile, lse, delta = (refs[f"{name}_tiles"].at[slot] for name in names)
-        pairs = [(k_tile, q_tile.transpose((1, 0))), (v_tile, dout_tile.transpose((1, 0)))]
-        # dV alone takes no gradient of the probabilities.
-        x, *dp = tiles.products(shape, *pairs[: 1 + ("dk" in wanted)])
-        lse, delta = (
-            tiles.spread(plgpu.load(ref, layout=COLUMN), shape, 1) for ref in (lse, delta)
-        )
+        (x,) = tiles.products(shape, (k_tile, q_tile.transpose((1, 0))))
+        lse = tiles.spread(tiles.load(lse, COLUMN), shape, 1)
         plgpu.barrier_arrive(refs["lse_free"].at[slot])
-        plgpu.barrier_arrive(refs["delta_free"].at[slot])
-        p, ds, _ = tiles.probabilities(
-            options,
-            refs,
-            rows,
-            x,
-            lse,
-            dp[0] if dp else x,
-            delta,
-            (b, n, start, i * blocks.columns),
-            1,
-            partial(i),
-        )
-        result = {}
+        corner = (b, n, start, i * blocks.columns)
+        p, bent_p = tiles.weights(options, refs, rows, x, lse, corner, 1, partial(i))
+        result, pair = {}, (v_tile, dout_tile.transpose((1, 0)))
         if "dv" in wanted:
-            p = p.astype(v_tile.dtype)
-            result["dv"] = tiles.accumulate(options, gradients["dv"], p, dout_tile, staging["p"])
+            mixed = tiles.dropped(options, p).astype(v_tile.dtype)
+            operands = (options, gradients["dv"], mixed, dout_tile, staging["p"])
+        if wanted == ("dk", "dv"):
+            result["dv"], dp = tiles.accumulate_and_multiply(*operands, shape, pair)
+        elif wanted == ("dv",):
+            result["dv"] = tiles.accumulate(*operands)
+        else:
+            (dp,) = tiles.products(shape, pair)
         plgpu.barrier_arrive(refs["dout_free"].at[slot])
         if "dk" in wanted:
-            ds = ds.astype(k_tile.dtype)
+            delta = tiles.spread(tiles.load(delta, COLUMN), shape, 1)
+            ds = tiles.logit_gradient(options, bent_p, dp, delta).astype(k_tile.dtype)
             result["dk"] = tiles.accumulate(options, gradients["dk"], ds, q_tile, staging["ds"])
+        plgpu.barrier_arrive(refs["delta_free"].at[slot])
         plgpu.barrier_arrive(refs["q_free"].at[slot])
         return result
 

@@ -26,11 +26,13 @@ class Blocks:
         columns: keys in a tile, a multiple of 64.
         stages: tiles of k, and of v, in flight.
         groups: computing warpgroups, of 64 queries each.
+        apart: the two products of a tile one after the other, where registers are short.
     """
 
     columns: int
     stages: int
     groups: int
+    apart: bool
 
     def shared_bytes(self, H: int, Hv: int, itemsize: int = 2) -> int:
         """Shared memory that a launch takes, barriers and alignment aside."""
@@ -97,28 +99,24 @@ def _query_body(options, blocks, refs):
         plgpu.barrier_wait(ready)
 
         def step(number, dq):
-            slot = lax.rem(number, jnp.int32(blocks.stages))
+            slot = tiles.ring_slot(number, blocks.stages)
             j = first + number
             k_tile, v_tile = refs["k_tiles"].at[slot], refs["v_tiles"].at[slot]
+            q_tile, dout_tile = (
+                tiles.own_tile(refs[name], group, number) for name in ("q_tile", "dout_tile")
+            )
             plgpu.barrier_wait(refs["k_ready"].at[slot])
             plgpu.barrier_wait(refs["v_ready"].at[slot])
-            x, dp = tiles.products(
-                shape, (q_tile, k_tile.transpose((1, 0))), (dout_tile, v_tile.transpose((1, 0)))
-            )
+            logits = q_tile, k_tile.transpose((1, 0))
+            values = dout_tile, v_tile.transpose((1, 0))
+            x, *dp = tiles.products(shape, logits, *([] if blocks.apart else [values]))
+            corner = (b, n, start, j * blocks.columns)
+            lse_tile = tiles.spread(lse, shape)
+            _, p = tiles.weights(options, refs, rows, x, lse_tile, corner, 0, partial(j))
+            (dp,) = dp or tiles.products(shape, values)
             plgpu.barrier_arrive(refs["v_free"].at[slot])
-            _, ds, _ = tiles.probabilities(
-                options,
-                refs,
-                rows,
-                x,
-                tiles.spread(lse, shape),
-                dp,
-                tiles.spread(delta, shape),
-                (b, n, start, j * blocks.columns),
-                0,
-                partial(j),
-            )
-            staging = None if options.interpret is None else refs["ds_tile"].at[group]
+            ds = tiles.logit_gradient(options, p, dp, tiles.spread(delta, shape))
+            staging = refs["ds_tile"].at[group] if "ds_tile" in refs else None
             dq = tiles.accumulate(options, dq, ds.astype(q_tile.dtype), k_tile, staging)
             plgpu.barrier_arrive(refs["k_free"].at[slot])
             return dq
@@ -167,7 +165,9 @@ def bias_gradient(options, operands, shape):
         bias_b = lax.div(bn, jnp.int32(shape[1]))
 
         def member(step):
-            b = bias_b * (B // shape[0] if shape[0] > 1 else 0) + lax.div(step, jnp.int32(members_n))
+            b = bias_b * (B // shape[0] if shape[0] > 1 else 0) + lax.div(
+                step, jnp.int32(members_n)
+            )
             return b, bias_n + lax.rem(step, jnp.int32(members_n))
 
         def queries(step):
@@ -187,7 +187,7 @@ def bias_gradient(options, operands, shape):
         def compute(group):
             def step(number, dbias):
                 b, n = member(number)
-                slot = lax.rem(number, jnp.int32(stages))
+                slot = tiles.ring_slot(number, stages)
                 for name in ("q", "k", "v", "dout"):
                     plgpu.barrier_wait(refs[f"{name}_ready"].at[slot])
                 ring = {name: refs[f"{name}_tiles"].at[slot] for name in ("q", "k", "v", "dout")}
@@ -202,18 +202,13 @@ def bias_gradient(options, operands, shape):
                     tiles.load(refs[name].at[b, n, pl.ds(i * ROWS, ROWS)], ROW)
                     for name in ("lse", "delta")
                 )
-                _, _, ds = tiles.probabilities(
-                    options,
-                    refs,
+                rows, corner = (
                     tiles.load_rows(refs, "q", b, i * ROWS),
-                    x,
-                    tiles.spread(lse, x.shape),
-                    dp,
-                    tiles.spread(delta, x.shape),
                     (b, n, i * ROWS, j * columns),
-                    0,
-                    True,
                 )
+                lse = tiles.spread(lse, x.shape)
+                p, _ = tiles.weights(options, refs, rows, x, lse, corner, 0, True)
+                ds = tiles.logit_gradient(options, p, dp, tiles.spread(delta, x.shape))
                 return dbias + ds
 
             dbias = lax.fori_loop(0, steps, step, tiles.zeros((ROWS, columns)))
@@ -226,11 +221,11 @@ def bias_gradient(options, operands, shape):
         tiles.roles(1, compute, fetch)
 
     (dbias,) = tiles.launch(options, attention_dbias, operands, outputs, scratch, grid, 1)
-    return dbias[:, :, :T, :S]
+    return dbias[:, :, : options.T, : options.S]
 
 
 def choose(H: int, Hv: int) -> Blocks:
     """Blocks for these head dims, which are multiples of 64."""
     if max(H, Hv) > 128:
-        return Blocks(columns=64, stages=2, groups=1)
-    return Blocks(columns=64 if max(H, Hv) > 64 else 128, stages=2, groups=2)
+        return Blocks(columns=64, stages=2, groups=1, apart=True)
+    return Blocks(columns=64 if max(H, Hv) > 64 else 128, stages=2, groups=2, apart=False)

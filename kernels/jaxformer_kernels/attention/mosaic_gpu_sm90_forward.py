@@ -34,8 +34,9 @@ class Blocks:
 
     def shared_bytes(self, H: int, Hv: int, itemsize: int = 2) -> int:
         """Shared memory that a launch takes, barriers and alignment aside."""
+        width = H if Hv == H else H + Hv
         tiles_of_keys = self.stages * self.columns * (H + Hv)
-        return (GROUPS * ROWS * (H + Hv) + tiles_of_keys) * itemsize + GROUPS * ROWS * 4
+        return (GROUPS * ROWS * width + tiles_of_keys) * itemsize + GROUPS * ROWS * 4
 
 
 def forward(options, blocks, operands):
@@ -58,7 +59,6 @@ def forward(options, blocks, operands):
     tile = functools.partial(tiles.shared, dtype=q.dtype)
     scratch = {
         "q_tile": tile((GROUPS, ROWS, H)),
-        "out_tile": tile((GROUPS, ROWS, Hv)),
         "k_tiles": tile((blocks.stages, blocks.columns, H)),
         "v_tiles": tile((blocks.stages, blocks.columns, Hv)),
         "lse_tile": plgpu.SMEM((GROUPS, ROWS), jnp.float32),
@@ -66,6 +66,8 @@ def forward(options, blocks, operands):
         "turn": plgpu.Barrier(num_arrivals=GROUPS),
         **tiles.barriers(("k", "v"), blocks.stages, GROUPS),
     }
+    if Hv != H:
+        scratch["out_tile"] = tile((GROUPS, ROWS, Hv))
     if options.interpret is not None:
         scratch["p_tile"] = tile((GROUPS, ROWS, blocks.columns))
     outputs = {
@@ -103,8 +105,10 @@ def _body(options, blocks, refs):
 def _compute(options, blocks, refs, place, first, stop, partial):
     b, n, i, group = place
     start = (i * GROUPS + group) * ROWS
-    Hv = refs["out_tile"].shape[2]
-    q_tile = refs["q_tile"].at[group]
+    Hv = refs["v"].shape[3]
+    q_tile, lse_tile = refs["q_tile"].at[group], refs["lse_tile"].at[group]
+    # Where it fits, the output leaves by the way the queries came.
+    out_tile = refs["out_tile"].at[group] if "out_tile" in refs else q_tile
     at = (b, pl.ds(start, ROWS), n)
     plgpu.copy_gmem_to_smem(refs["q"].at[at], q_tile, refs["q_ready"].at[group])
     rows = tiles.load_rows(refs, "q", b, start)
@@ -124,10 +128,11 @@ def _compute(options, blocks, refs, place, first, stop, partial):
 
     def step(number, carry):
         acc, top, total = carry
-        slot = lax.rem(number, jnp.int32(blocks.stages))
+        slot = tiles.ring_slot(number, blocks.stages)
         j = first + number
 
         def multiply(accumulator):
+            q_tile = tiles.own_tile(refs["q_tile"], group, number)
             plgpu.wgmma(accumulator, q_tile, refs["k_tiles"].at[slot].transpose((1, 0)))
             rendezvous()
             return accumulator[...]
@@ -162,7 +167,6 @@ def _compute(options, blocks, refs, place, first, stop, partial):
         sink = refs["sinks"][n] * LOG2E
         total = total + jnp.exp2(sink - top)
     inverse = jnp.where(sees, 1 / total, 0.0)
-    out_tile, lse_tile = refs["out_tile"].at[group], refs["lse_tile"].at[group]
     out_tile[...] = (acc * tiles.spread(inverse, acc.shape)).astype(out_tile.dtype)
     lse_tile[...] = jnp.where(sees, top + jnp.log2(total), -jnp.inf)
     plgpu.commit_smem()
@@ -187,7 +191,7 @@ def _softmax(options, refs, rows, place, x, state, partial):
     acc = acc * tiles.spread(shrink, acc.shape)
     if options.rate:
         keep = tiles.kept(options, refs["seed"], b, n, z.shape, start, column, 0)
-        p = tiles.drop(options, p, keep)
+        p = jnp.where(keep, p * (1 / (1 - options.rate)), 0.0)
     return p, acc, new_top, total
 
 

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxformer_kernels import _compat
 from jaxformer_kernels.attention import dropout as dropout_lib
 
 LOG2E = math.log2(math.e)
@@ -27,12 +28,15 @@ class Options:
     """What is known when a call is traced.
 
     Attributes:
+        T, S: lengths before padding.
         scale, softcap: as in `attention`.
         rate: of dropout; 0 without.
         bias_gradient: whether the bias is the caller's, and not a mask in disguise.
         interpret: parameters of the interpreter, None on the device.
     """
 
+    T: int
+    S: int
     scale: float
     softcap: float | None
     rate: float
@@ -70,15 +74,31 @@ def products(shape, *pairs):
 def accumulate(options, accumulator, a, b, staging):
     """`accumulator` plus the product of `a`, in registers, and `b`, in shared memory.
 
-    The interpreter knows no wgmma with an operand in registers, nor one that starts from a value:
-    there `a` goes through `staging`, which is allocated for it alone.
+    Args:
+        staging: shared memory for `a` alone, through which it goes to wgmma; None lets it stay in
+            registers. The interpreter wants one, as it knows no wgmma with an operand in registers
+            (nor one that starts from a value).
     """
+    if staging is not None:
+        staging[...] = a
+        plgpu.commit_smem()
+        a = staging
     if options.interpret is None:
         return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(accumulator))
-    staging[...] = a
-    plgpu.commit_smem()
-    (added,) = products(accumulator.shape, (staging, b))
+    (added,) = products(accumulator.shape, (a, b))
     return accumulator + added
+
+
+def accumulate_and_multiply(options, accumulator, a, b, staging, shape, pair):
+    """`accumulate`, and at the same time the product of a pair of tiles in shared memory."""
+    if options.interpret is None:
+
+        def run(refs):
+            plgpu.wgmma(refs[0], a, b)
+            plgpu.wgmma(refs[1], *pair)
+
+        return pl.run_state(run)((plgpu.ACC.init(accumulator), plgpu.ACC.init(zeros(shape))))
+    return accumulate(options, accumulator, a, b, staging), *products(shape, pair)
 
 
 def stream(refs, places, steps, stages):
@@ -112,8 +132,24 @@ def stream(refs, places, steps, stages):
 
 
 def load(ref, layout):
-    """A small array from global memory to registers."""
-    return plgpu.load(ref, layout=layout, optimized=False)
+    """A small array to registers; from global memory by single elements, if need be."""
+    return _compat.load_to_registers(ref, layout)
+
+
+def own_tile(tiles_of_groups, group, number):
+    """The tile of a group, so that step `number` of a loop works out its address anew.
+
+    The compiler would otherwise keep the descriptors of all its parts in registers all through the
+    loop, two for every 16 columns. It cannot know that no step is as large as 2^30.
+    """
+    return tiles_of_groups.at[group + lax.shift_right_logical(number, 30)]
+
+
+def ring_slot(number, stages):
+    """The place of step `number` in a ring; of one stage too, not a constant (see `own_tile`)."""
+    if stages == 1:
+        return lax.shift_right_logical(number, 30)
+    return lax.rem(number, jnp.int32(stages))
 
 
 def batch_row(ref, b):
@@ -212,38 +248,49 @@ def kept(options, seed, b, n, shape, query, key, query_axis):
     return dropout_lib.keep_in_rows(row, other, options.rate, s)
 
 
-def drop(options, p, keep):
-    """Probabilities, or their gradient, after dropout; `keep` None without."""
-    return p if keep is None else jnp.where(keep, p * (1 / (1 - options.rate)), 0.0)
-
-
-def probabilities(options, refs, rows, x, lse, dp, delta, corner, query_axis, partial):
-    """What the backward kernels need of one tile.
+def weights(options, refs, rows, x, lse, corner, query_axis, partial):
+    """Probabilities of one tile, recomputed in the backward pass.
 
     Args:
         rows: the tile's `Rows`.
-        x, dp: raw products q . k and dout . v.
+        x: raw products q . k.
         lse: spread to the tile, in units of log2, inf where a query sees nothing.
-        delta: spread to the tile.
         corner: (batch row, query head, first row, first column) of the tile.
         query_axis: 0 where rows are queries.
         partial: whether the mask hides part of the tile.
 
     Returns:
-        probabilities after dropout; gradients of the product (but for the scale) and of the bias.
+        probabilities before dropout, negative where dropped, which costs no registers; and the
+        same times the slope of the softcap.
     """
     b, n, row, column = corner
     names = ("bias", "kv_segments") if query_axis == 0 else ("bias_by_key", "q_segments")
     z, slope = bent(options, x)
     z = add_bias(z, refs, names[0], b, n, row, column)
     p = jnp.exp2(hide(z, rows, refs, names[1], b, column, partial) - lse)
-    dropped = p
     if options.rate:
         query, key = (row, column) if query_axis == 0 else (column, row)
-        keep = kept(options, refs["seed"], b, n, x.shape, query, key, query_axis)
-        dropped, dp = drop(options, p, keep), drop(options, dp, keep)
-    after = p * (dp - delta)
-    return dropped, after if slope is None else after * slope, after
+        p = jnp.where(kept(options, refs["seed"], b, n, x.shape, query, key, query_axis), p, -p)
+    return p, p if slope is None else p * slope
+
+
+def dropped(options, p):
+    """What `weights` gave, after dropout."""
+    return jnp.maximum(p, 0.0) * (1 / (1 - options.rate)) if options.rate else p
+
+
+def logit_gradient(options, p, dp, delta):
+    """Gradient of the logits, but for the scale.
+
+    Args:
+        p: what `weights` gave, its first result for the biased logits, its second for q . k.
+        dp: raw products dout . v.
+        delta: spread to the tile.
+    """
+    if options.rate:
+        dp = jnp.where(p > 0, dp * (1 / (1 - options.rate)), 0.0)
+        p = jnp.abs(p)
+    return p * (dp - delta)
 
 
 def visits(refs, prefix, b, i, columns):
@@ -300,12 +347,12 @@ def roles(groups, compute, fetch):
 
     @pl.when(group < groups)
     def _compute():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         compute(group)
 
     @pl.when(group == groups)
     def _fetch():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         fetch()
 
 
