@@ -5,15 +5,21 @@ Imports jax, so a worker sets the environment that jax reads before it imports t
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxformer_kernels import Dropout, Mask, attention
+from jaxformer_kernels import Dropout, Mask, attention, tuning
 from jaxformer_kernels.attention import api as attention_api
-from jaxformer_kernels.attention.shapes import SHAPES
+from jaxformer_kernels.attention import shapes as attention_shapes
+from jaxformer_kernels.decode_attention import api as decode_api
+from jaxformer_kernels.decode_attention import shapes as decode_shapes
+from jaxformer_kernels.linear_cross_entropy import api as projection_api
+from jaxformer_kernels.linear_cross_entropy import shapes as projection_shapes
 
 FORWARD, BACKWARD = "forward", "forward + backward"
 
@@ -47,37 +53,80 @@ class Case:
 def all_cases(implementation: str) -> list[Case]:
     """The cases of every op that has this implementation; names are unique."""
     found = []
-    for implementations, cases in ((attention_api.IMPLEMENTATIONS, attention_cases),):
+    for implementations, cases in (
+        (attention_api.IMPLEMENTATIONS, attention_cases),
+        (decode_api.IMPLEMENTATIONS, decode_cases),
+        (projection_api.IMPLEMENTATIONS, projection_cases),
+    ):
         if implementation in implementations:
             found += cases(implementation)
     return found
 
 
 def attention_cases(implementation: str) -> Iterator[Case]:
-    """The named shapes in bfloat16; one with every other feature; odd ones in other dtypes."""
-    calls = [(name, "", "bfloat16") for name in SHAPES]
+    """The named shapes and the tuned ones in bfloat16; one with every other feature; two dtypes."""
+    shapes = {name: (shape, shape.H) for name, shape in attention_shapes.SHAPES.items()}
+    shapes |= tuned_shapes()
+    calls = [(name, "", "bfloat16") for name in shapes]
     calls += [("llama3_8b", feature, "bfloat16") for feature in _EXTRAS]
     calls += [("llama3_8b", "", "float16"), ("odd_length", "", "float32")]
-    for shape, extra, dtype in calls:
+    for name, extra, dtype in calls:
         for passes in (FORWARD, BACKWARD):
             yield Case(
                 op="attention",
-                call=f"{shape}+{extra}" if extra else shape,
+                call=f"{name}+{extra}" if extra else name,
                 passes=passes,
                 dtype=dtype,
                 build=functools.partial(
-                    _attention, implementation, SHAPES[shape], extra, dtype, passes
+                    _attention, implementation, *shapes[name], extra, dtype, passes
                 ),
-                small=(shape, extra) in _SMALL and dtype == "bfloat16",
+                small=(name, extra) in _SMALL and dtype == "bfloat16",
             )
 
 
-_SMALL = {
-    ("llama3_8b", ""),
-    ("gemma2_9b_local", ""),
-    ("gpt_oss_local", ""),
-    ("llama3_8b", "packed"),
-}
+_SMALL = {("gemma2_9b_local", ""), ("gpt_oss_local", ""), ("llama3_8b", "packed")}
+
+
+def tuned_shapes() -> dict[str, tuple[attention_shapes.Shape, int]]:
+    """A call (shape, Hv) for every pair of head dims that block sizes were found for."""
+    heads = {
+        key
+        for path in Path(tuning.__file__).parent.glob("*/attention.json")
+        for kernel in json.loads(path.read_text(encoding="utf-8")).values()
+        if isinstance(kernel, dict)
+        for key in kernel
+    }
+    found = {}
+    for key in sorted(heads):
+        H, Hv = map(int, key.split(","))
+        found[f"tuned_{H}_{Hv}"] = (attention_shapes.Shape(1, 2048, 2048, 8, 2, H), Hv)
+    return found
+
+
+def decode_cases(implementation: str) -> Iterator[Case]:
+    """The named shapes in bfloat16, forward only."""
+    for name, shape in decode_shapes.SHAPES.items():
+        yield Case(
+            op="decode_attention",
+            call=name,
+            passes=FORWARD,
+            dtype="bfloat16",
+            build=functools.partial(_decode, implementation, shape),
+            small=name in ("llama3_8b", "llama3_8b_pages_of_64"),
+        )
+
+
+def projection_cases(implementation: str) -> Iterator[Case]:
+    """The named shapes in bfloat16; the gradients come from the tiles of `xla`."""
+    for name, shape in projection_shapes.SHAPES.items():
+        yield Case(
+            op="linear_cross_entropy",
+            call=name,
+            passes=FORWARD,
+            dtype="bfloat16",
+            build=functools.partial(_projection, implementation, shape),
+            small=name == "llama3_8b",
+        )
 
 
 def _int32(*shape):
@@ -101,12 +150,12 @@ _EXTRAS: dict[str, Callable[[Any], tuple[dict, dict]]] = {
 }
 
 
-def _attention(implementation, shape, extra, dtype, passes):
+def _attention(implementation, shape, Hv, extra, dtype, passes):
     def array(*sizes, dtype=dtype):
         return jax.ShapeDtypeStruct(sizes, dtype)
 
     B, T, S, N, K, H = shape.B, shape.T, shape.S, shape.N, shape.K, shape.H
-    operands = {"q": array(B, T, N, H), "k": array(B, S, K, H), "v": array(B, S, K, H)}
+    operands = {"q": array(B, T, N, H), "k": array(B, S, K, H), "v": array(B, S, K, Hv)}
     if shape.bias:
         operands["bias"] = array(1, N, T, S)
     if shape.sinks:
@@ -134,3 +183,51 @@ def _passes(forward, operands, arrays, passes):
         return outputs, pull(cotangents)
 
     return backward, (operands, arrays, jax.eval_shape(forward, operands, arrays))
+
+
+def _decode(implementation, shape):
+    def array(*sizes, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    B, T, S, N, K, H = shape.B, shape.T, shape.S, shape.N, shape.K, shape.H
+    cache, table = (B, S, K, H), None
+    if shape.page_size is not None:
+        pages = S // shape.page_size
+        cache, table = (B * pages, shape.page_size, K, H), _int32(B, pages)
+    arrays = {
+        "q": array(B, T, N, H),
+        "k": array(*cache),
+        "v": array(*cache),
+        "lengths": _int32(B),
+        "page_table": table,
+        "sinks": array(N, dtype="float32") if shape.sinks else None,
+    }
+
+    def forward(arrays):
+        return decode_api.decode_attention(
+            **arrays, window=shape.window, softcap=shape.softcap, implementation=implementation
+        )
+
+    return forward, (arrays,)
+
+
+def _projection(implementation, shape):
+    tokens, D, V = shape.tokens, shape.D, shape.V
+    arrays = {
+        "x": jax.ShapeDtypeStruct((tokens, D), jnp.bfloat16),
+        "w": jax.ShapeDtypeStruct((V, D) if shape.transposed else (D, V), jnp.bfloat16),
+        "labels": _int32(tokens),
+        "weights": jax.ShapeDtypeStruct((tokens,), jnp.float32),
+    }
+
+    def forward(arrays):
+        return projection_api.linear_cross_entropy(
+            **arrays,
+            softcap=shape.softcap,
+            label_smoothing=shape.label_smoothing,
+            z_loss=shape.z_loss,
+            transposed=shape.transposed,
+            implementation=implementation,
+        )
+
+    return forward, (arrays,)
