@@ -202,7 +202,7 @@ def errors(got, want):
     return {name: np.abs(np.asarray(got[name], np.float32) - x).max() for name, x in want.items()}
 
 
-@pytest.mark.parametrize("fast_implementation", ["xla_one_pass", "xla_blocked"], indirect=True)
+@pytest.mark.parametrize("fast_implementation", ["xla_one_pass", "xla_blocked", "mosaic_tpu"], indirect=True)
 @pytest.mark.parametrize("name", SHAPES)
 def test_bfloat16_errs_at_most_twice_as_much_as_plain_bfloat16(fast_implementation, name):
     operands, options, want, allowed = shape_errors(name)
