@@ -41,18 +41,23 @@ def cudnn_version() -> int | None:
 
 def shape_like(shape, dtype, array) -> jax.ShapeDtypeStruct:
     """A shape that varies over the mesh axes over which `array` does, inside `jax.shard_map`."""
-    return jax.ShapeDtypeStruct(
-        shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type
-    )
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
 
 
 def is_hopper() -> bool:
-    """Whether the device is an sm_90, or there is none and code is compiled ahead of time."""
-    try:
-        capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "9.0")
-    except RuntimeError:
-        return True
-    return capability == "9.0"
+    """Whether the GPU is an sm_90, or there is none and code is compiled ahead of time."""
+    device = _gpu()
+    return device is None or getattr(device, "compute_capability", "9.0") == "9.0"
+
+
+def gpu_kind() -> str:
+    """The kind of the GPU; where there is none, the H100's."""
+    device = _gpu()
+    return "NVIDIA H100 80GB HBM3" if device is None else device.device_kind
+
+
+def _gpu():
+    return jax.local_devices()[0] if jax.default_backend() == "gpu" else None
 
 
 def gpu_interpreter(parameters):

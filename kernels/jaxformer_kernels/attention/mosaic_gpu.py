@@ -17,6 +17,7 @@ from jaxformer_kernels.attention import schedule
 from jaxformer_kernels.attention.blocks import delta as row_delta
 from jaxformer_kernels.attention.blocks import sum_to
 from jaxformer_kernels.attention.call import FEATURES
+from jaxformer_kernels.attention.mosaic_gpu_sm90_blocks import ROWS, choose
 
 _HEAD_DIM = 64
 _LENGTH = 8
@@ -87,13 +88,13 @@ def _forward(options, q, k, v, bias, sinks, mask, seed):
     from jaxformer_kernels.attention import mosaic_gpu_sm90_forward as sm90
 
     T, S = options.T, options.S
-    blocks = sm90.choose(q.shape[3], v.shape[3])
+    blocks = choose("forward", q.shape[3], v.shape[3])
     operands = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks, "seed": seed}
     # Keys of a ragged last block are zeros, which would count in the softmax.
     if is_masked(mask) or S % blocks.columns:
-        rows = sm90.GROUPS * sm90.ROWS
+        rows = sm90.GROUPS * ROWS
         operands |= mask_operands("q", mask, T, S, rows, blocks.columns)
-    operands["bias"] = _pad_to(bias, sm90.GROUPS * sm90.ROWS, blocks.columns, T, S)
+    operands["bias"] = _pad_to(bias, sm90.GROUPS * ROWS, blocks.columns, T, S)
     out, lse = sm90.forward(options, blocks, given(operands))
     lse = lse[:, :, : q.shape[1]] * np.float32(np.log(2))
     return (out, lse), (q, k, v, bias, sinks, mask, seed, out, lse)
@@ -102,7 +103,7 @@ def _forward(options, q, k, v, bias, sinks, mask, seed):
 def _backward(options, residuals, gradients):
     from jaxformer_kernels.attention import mosaic_gpu_sm90_dkv as dkv
     from jaxformer_kernels.attention import mosaic_gpu_sm90_dq as dq
-    from jaxformer_kernels.attention.mosaic_gpu_sm90_tiles import LOG2E, ROWS
+    from jaxformer_kernels.attention.mosaic_gpu_sm90_tiles import LOG2E
 
     q, k, v, bias, sinks, mask, seed, out, lse = residuals
     out_gradient, lse_gradient = gradients
@@ -126,10 +127,10 @@ def _backward(options, residuals, gradients):
             extra["bias_by_key"] = _pad_to(jnp.swapaxes(bias, 2, 3), rows, columns, S, T)
         return given({**operands, **extra})
 
-    blocks = dq.choose(q.shape[3], v.shape[3])
+    blocks = choose("dq", q.shape[3], v.shape[3])
     dq_operands = with_mask("q", blocks.groups * ROWS, blocks.columns)
     q_gradient = dq.query_gradient(options, blocks, dq_operands)
-    blocks = dkv.choose(q.shape[3], v.shape[3])
+    blocks = choose("dkv", q.shape[3], v.shape[3])
     dkv_operands = with_mask("kv", blocks.groups * ROWS, blocks.columns)
     k_gradient, v_gradient = dkv.key_value_gradients(options, blocks, dkv_operands)
     dbias = None

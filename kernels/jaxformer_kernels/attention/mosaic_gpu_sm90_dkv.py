@@ -5,7 +5,6 @@ heads that share them, so that grouped heads are summed in registers. Logits are
 k . q: their rows are keys. Every sum is in one fixed order, so that a rerun is bitwise equal.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -18,32 +17,9 @@ from jaxformer_kernels.attention import mosaic_gpu_sm90_tiles as tiles
 from jaxformer_kernels.attention.mosaic_gpu_sm90_tiles import COLUMN, ROWS
 
 
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Sizes of the dK/dV kernel.
-
-    Attributes:
-        columns: queries in a tile, a multiple of 64.
-        stages: tiles of q, and of dout, in flight.
-        groups: computing warpgroups, of 64 keys each.
-        together: dK and dV in one kernel (4 products a tile), or, where the registers of a
-            warpgroup cannot hold both, in two kernels (5 products).
-    """
-
-    columns: int
-    stages: int
-    groups: int
-    together: bool
-
-    def shared_bytes(self, H: int, Hv: int, itemsize: int = 2) -> int:
-        """Shared memory that a launch takes, barriers and alignment aside."""
-        tile = (self.groups * ROWS + self.stages * self.columns) * (H + Hv) * itemsize
-        return tile + 2 * self.stages * self.columns * 4
-
-
 def key_value_gradients(options, blocks, operands):
     """(dk [B, S, K, H], dv [B, S, K, Hv]) in k's dtype; arguments as of `query_gradient`."""
-    if blocks.together:
+    if not blocks.apart:
         return _launch(options, blocks, operands, ("dk", "dv"))
     (dk,) = _launch(options, blocks, operands, ("dk",))
     (dv,) = _launch(options, blocks, operands, ("dv",))
@@ -169,10 +145,3 @@ def _compute(options, blocks, refs, wanted, place, steps, where, partial):
     for name in wanted:
         plgpu.copy_smem_to_gmem(own[name], refs[name].at[at])
     plgpu.wait_smem_to_gmem(0)
-
-
-def choose(H: int, Hv: int) -> Blocks:
-    """Blocks for these head dims, which are multiples of 64."""
-    if max(H, Hv) > 128:
-        return Blocks(columns=64, stages=1, groups=2, together=False)
-    return Blocks(columns=64, stages=2, groups=2, together=True)

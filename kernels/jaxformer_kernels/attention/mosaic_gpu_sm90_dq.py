@@ -5,7 +5,6 @@ forward pass does. Bias: a block takes one tile of it and passes along the batch
 share it. Every sum is in one fixed order, so that a rerun is bitwise equal.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -18,33 +17,12 @@ from jaxformer_kernels.attention import mosaic_gpu_sm90_tiles as tiles
 from jaxformer_kernels.attention.mosaic_gpu_sm90_tiles import ROW, ROWS
 
 
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Sizes of the dQ kernel.
-
-    Attributes:
-        columns: keys in a tile, a multiple of 64.
-        stages: tiles of k, and of v, in flight.
-        groups: computing warpgroups, of 64 queries each.
-        apart: the two products of a tile one after the other, where registers are short.
-    """
-
-    columns: int
-    stages: int
-    groups: int
-    apart: bool
-
-    def shared_bytes(self, H: int, Hv: int, itemsize: int = 2) -> int:
-        """Shared memory that a launch takes, barriers and alignment aside."""
-        return (self.groups * ROWS + self.stages * self.columns) * (H + Hv) * itemsize
-
-
 def query_gradient(options, blocks, operands):
     """Gradient of the queries, [B, T, N, H] in q's dtype.
 
     Args:
         options: `mosaic_gpu_sm90_tiles.Options`.
-        blocks: `Blocks`.
+        blocks: `mosaic_gpu_sm90_blocks.Blocks`.
         operands: by name: q, k, v, and dout [B, T, N, Hv]; lse (units of log2, inf where a query
             sees nothing) and delta, float32 [B, N, padded T]; those of the mask, bias and seed.
     """
@@ -222,10 +200,3 @@ def bias_gradient(options, operands, shape):
 
     (dbias,) = tiles.launch(options, attention_dbias, operands, outputs, scratch, grid, 1)
     return dbias[:, :, : options.T, : options.S]
-
-
-def choose(H: int, Hv: int) -> Blocks:
-    """Blocks for these head dims, which are multiples of 64."""
-    if max(H, Hv) > 128:
-        return Blocks(columns=64, stages=2, groups=1, apart=True)
-    return Blocks(columns=64 if max(H, Hv) > 64 else 128, stages=2, groups=2, apart=False)

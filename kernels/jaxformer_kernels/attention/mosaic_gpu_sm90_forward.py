@@ -5,7 +5,6 @@ tiles of k and v through a ring of stages by TMA. Two warpgroups compute, 64 que
 phase: while one multiplies on the tensor cores, the other takes its exponentials.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -17,26 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxformer_kernels.attention import mosaic_gpu_sm90_tiles as tiles
 from jaxformer_kernels.attention.mosaic_gpu_sm90_tiles import LOG2E, ROW, ROWS
 
-GROUPS = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Sizes of the forward kernel.
-
-    Attributes:
-        columns: keys in a tile, a multiple of 64.
-        stages: tiles of k, and of v, in flight.
-    """
-
-    columns: int
-    stages: int
-
-    def shared_bytes(self, H: int, Hv: int, itemsize: int = 2) -> int:
-        """Shared memory that a launch takes, barriers and alignment aside."""
-        width = H if Hv == H else H + Hv
-        tiles_of_keys = self.stages * self.columns * (H + Hv)
-        return (GROUPS * ROWS * width + tiles_of_keys) * itemsize + GROUPS * ROWS * 4
+GROUPS = 2  # they take turns, so it must be two
 
 
 def forward(options, blocks, operands):
@@ -44,7 +24,7 @@ def forward(options, blocks, operands):
 
     Args:
         options: `mosaic_gpu_sm90_tiles.Options`.
-        blocks: `Blocks`.
+        blocks: `mosaic_gpu_sm90_blocks.Blocks`.
         operands: by name, as `mosaic_gpu.prepare` makes them: q [B, T, N, H], k [B, S, K, H],
             v [B, S, K, Hv], head dims multiples of 64; and those of bias, sinks, seed, q_ranges,
             q_low, q_high, q_segments and kv_segments that the call has.
@@ -193,10 +173,3 @@ def _softmax(options, refs, rows, place, x, state, partial):
         keep = tiles.kept(options, refs["seed"], b, n, z.shape, start, column, 0)
         p = jnp.where(keep, p * (1 / (1 - options.rate)), 0.0)
     return p, acc, new_top, total
-
-
-def choose(H: int, Hv: int) -> Blocks:
-    """Blocks for these head dims, which are multiples of 64."""
-    if max(H, Hv) > 128:
-        return Blocks(columns=64, stages=2)
-    return Blocks(columns=128, stages=2)

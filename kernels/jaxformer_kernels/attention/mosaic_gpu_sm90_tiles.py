@@ -16,9 +16,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxformer_kernels import _compat
 from jaxformer_kernels.attention import dropout as dropout_lib
+from jaxformer_kernels.attention.mosaic_gpu_sm90_blocks import ROWS
 
 LOG2E = math.log2(math.e)
-ROWS = 64  # of one warpgroup: the M of a wgmma
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
