@@ -8,16 +8,17 @@ import jax.numpy as jnp
 
 from jaxformer_kernels import _compat, dispatch
 from jaxformer_kernels.attention.mask import Mask
-from jaxformer_kernels.decode_attention import mosaic_tpu, reference, xla
+from jaxformer_kernels.decode_attention import mosaic_gpu, mosaic_tpu, reference, xla
 from jaxformer_kernels.decode_attention.call import Options, describe
 
 IMPLEMENTATIONS = {
     "xla": xla.IMPLEMENTATION,
+    "mosaic_gpu": mosaic_gpu.IMPLEMENTATION,
     "mosaic_tpu": mosaic_tpu.IMPLEMENTATION,
     "reference": reference.IMPLEMENTATION,
 }
 
-ORDER = {"tpu": ("mosaic_tpu", "xla"), "default": ("xla",)}
+ORDER = {"gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla"), "default": ("xla",)}
 
 
 def decode_attention(

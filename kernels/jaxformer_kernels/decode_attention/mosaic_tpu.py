@@ -115,8 +115,8 @@ def _call(plan, options, scalars, rows, k, v):
     heads = 1 if plan.narrow else plan.K
     columns, row_index = np.arange(plan.size * heads), np.arange(R)
     constants = [
-        np.int32([columns // heads, columns % heads]),
-        np.int32([row_index % plan.T, row_index // (R // plan.K)]).T,
+        np.array([columns // heads, columns % heads], np.int32),
+        np.array([row_index % plan.T, row_index // (R // plan.K)], np.int32).T,
     ]
     constants = [_compat.vary(jnp.asarray(x), _compat.varying_axes(rows)) for x in constants]
     positions = plan.size // plan.pages
