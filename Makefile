@@ -67,7 +67,7 @@ aot-h100: ## compile every kernel to sm_90a machine code, without a GPU (ARGS=--
 
 test-mosaic-gpu: ## run the Mosaic GPU kernels in their interpreter
 	@$(call make_env,.venv-aot-h100,requirements-aot-h100.lock)
-	@.venv-aot-h100/bin/python -m pytest -q -n logical --maxprocesses 8 -m mosaic_gpu tests/kernels $(ARGS)
+	@NPROC=16 .venv-aot-h100/bin/python -m pytest -q -n logical --maxprocesses 8 -m mosaic_gpu tests/kernels $(ARGS)
 
 # The lock holds names, versions, hashes and markers for every supported Python and
 # platform at once; it names no address, so it installs from whatever index pip is given.

@@ -11,6 +11,15 @@ import pytest
 
 from jaxformer_kernels import Dropout, Mask, attention
 from jaxformer_kernels.attention.shapes import SHAPES
+from tests.kernels.attention.calls import (
+    cast,
+    compiled,
+    draw,
+    errors,
+    outcome,
+    plain,
+    shape_call,
+)
 
 B, T, S, N, K, H, HV = 2, 9, 13, 4, 2, 8, 6
 
@@ -28,10 +37,6 @@ FEATURES = (
     "dropout",
     "grouped_heads",
 )
-
-
-def draw(seed, *shape):
-    return np.random.RandomState(seed).standard_normal(shape)
 
 
 def make_call(features):
@@ -63,36 +68,6 @@ def make_call(features):
     if "dropout" in features:
         options["dropout"] = Dropout(0.3, jax.random.key(7))
     return operands, options
-
-
-def outcome(run, operands, options):
-    """Output, log-sum-exp and the gradients of a loss that uses both."""
-
-    def loss(operands, options):
-        out, lse = run(**operands, **options, return_lse=True)
-        seen = jnp.where(lse == -jnp.inf, 0.0, lse)
-        weights = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
-        lse_weights = jnp.sin(jnp.arange(lse.size)).reshape(lse.shape)
-        return jnp.sum(out * weights) + jnp.sum(seen * lse_weights), (out, lse)
-
-    gradients, (out, lse) = jax.grad(loss, has_aux=True)(operands, options)
-    return {"out": out, "lse": lse, **{f"d{name}": g for name, g in gradients.items()}}
-
-
-def compiled(run, options):
-    """`outcome` as a jitted function of the operands; mask and dropout key are arguments too."""
-    softcap = options.get("softcap")
-    arrays = {name: x for name, x in options.items() if name != "softcap"}
-
-    @jax.jit
-    def call(operands, arrays):
-        return outcome(run, operands, {**arrays, "softcap": softcap})
-
-    return lambda operands: call(operands, arrays)
-
-
-def cast(operands, dtype):
-    return {name: jnp.asarray(x, dtype) for name, x in operands.items()}
 
 
 @functools.cache
@@ -154,39 +129,6 @@ def test_every_three_features_are_right_or_refused(implementation, features):
     check(implementation, features)
 
 
-def shape_call(shape):
-    operands = {
-        "q": draw(0, shape.B, shape.T, shape.N, shape.H),
-        "k": draw(1, shape.B, shape.S, shape.K, shape.H),
-        "v": draw(2, shape.B, shape.S, shape.K, shape.H),
-    }
-    if shape.bias:
-        operands["bias"] = draw(3, 1, shape.N, shape.T, shape.S)
-    if shape.sinks:
-        operands["sinks"] = draw(4, shape.N)
-    offset = shape.S - shape.T if shape.causal else 0
-    mask = Mask(causal=shape.causal, window=shape.window, q_offset=offset)
-    options = {"mask": mask} if shape.softcap is None else {"mask": mask, "softcap": shape.softcap}
-    return operands, options
-
-
-def plain(q, k, v, *, mask, bias=None, sinks=None, softcap=None, return_lse=True):
-    """Attention as one writes it first, every step in the dtype of the operands."""
-    heads = q.shape[2] // k.shape[2]
-    k, v = jnp.repeat(k, heads, axis=2), jnp.repeat(v, heads, axis=2)
-    x = jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
-    if softcap is not None:
-        x = softcap * jnp.tanh(x / softcap)
-    if bias is not None:
-        x = x + bias
-    x = jnp.where(mask.as_array(*x.shape), x, -jnp.inf)
-    if sinks is not None:
-        sink = jnp.broadcast_to(sinks[None, :, None, None], (*x.shape[:-1], 1))
-        x = jnp.concatenate([x, sink], axis=-1)
-    p = jax.nn.softmax(x, axis=-1)[..., : k.shape[1]]
-    return jnp.einsum("bnts,bsnh->btnh", p, v), jax.nn.logsumexp(x, axis=-1)
-
-
 @functools.cache
 def shape_errors(name):
     """(operands, options, float32 reference, largest errors of the plain bf16 computation)."""
@@ -198,11 +140,9 @@ def shape_errors(name):
     return operands, options, want, errors(compiled(plain, options)(operands), want)
 
 
-def errors(got, want):
-    return {name: np.abs(np.asarray(got[name], np.float32) - x).max() for name, x in want.items()}
-
-
-@pytest.mark.parametrize("fast_implementation", ["xla_one_pass", "xla_blocked", "mosaic_tpu"], indirect=True)
+@pytest.mark.parametrize(
+    "fast_implementation", ["xla_one_pass", "xla_blocked", "mosaic_tpu"], indirect=True
+)
 @pytest.mark.parametrize("name", SHAPES)
 def test_bfloat16_errs_at_most_twice_as_much_as_plain_bfloat16(fast_implementation, name):
     operands, options, want, allowed = shape_errors(name)
