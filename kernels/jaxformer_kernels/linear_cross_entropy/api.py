@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer_kernels import _compat, dispatch
-from jaxformer_kernels.linear_cross_entropy import reference, xla
+from jaxformer_kernels.linear_cross_entropy import mosaic_tpu, reference, xla
 from jaxformer_kernels.linear_cross_entropy.call import CrossEntropy, Options, describe, wide
 
 IMPLEMENTATIONS = {
     "xla": xla.IMPLEMENTATION,
+    "mosaic_tpu": mosaic_tpu.IMPLEMENTATION,
     "reference": reference.IMPLEMENTATION,
 }
 
-ORDER = {"default": ("xla",)}
+ORDER = {"tpu": ("mosaic_tpu", "xla"), "default": ("xla",)}
 
 
 def linear_cross_entropy(
@@ -51,7 +52,8 @@ def linear_cross_entropy(
         z_loss: Python float, not negative.
         weights: floating [...]; None means 1 everywhere.
         transposed: w is [V, D], as a tied embedding is; it is not copied.
-        implementation: "xla", "reference", or None for the platform's best that can do the call.
+        implementation: "xla", "mosaic_tpu", "reference", or None for the platform's best that can
+            do the call.
 
     Returns:
         `CrossEntropy(objective [], loss [...], lse [...], correct [...])`: objective, loss and lse

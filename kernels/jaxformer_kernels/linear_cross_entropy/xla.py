@@ -159,7 +159,7 @@ def _product(a, w, axis):
     """a [..., n] times w along w's `axis`."""
     rows = _rows(a)
     out = _dot(rows, w, (rows.ndim - 1,), (axis,))
-    return out.reshape(*a.shape[:-1], -1)
+    return out.reshape(*a.shape[:-1], out.shape[-1])
 
 
 def _weight_gradient(options, x, dlogits):
