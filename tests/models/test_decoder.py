@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxformer_kernels
+from jaxformer.nn import attention
+
 ROWS, LENGTH, VOCABULARY = 2, 12, 12
 
 OPTIONS = {
@@ -89,6 +92,26 @@ def test_cached_equals_uncached_for_left_padded_prompts_of_unequal_length(model)
     wanted = logits(model, tokens)
     np.testing.assert_allclose(found[0], wanted[0], atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(found[1, 4:], wanted[1, :-4], atol=1e-5, rtol=1e-5)
+
+
+def test_a_large_cache_gives_the_same_reading_only_what_it_holds(make_model, monkeypatch):
+    """What is large enough is left to `decode_attention`: here, everything."""
+    model = make_model("decoder", **OPTIONS["rotary, window, unrolled"])
+    tokens, start = draw_tokens(), np.array([0, 4], np.int32)
+    wanted = extender(model.apply)(model.params, tokens, start)
+    read = []
+
+    def decode_attention(*args, **options):
+        read.append(options["window"])
+        return jaxformer_kernels.decode_attention(*args, **options)
+
+    monkeypatch.setattr(attention, "decode_attention", decode_attention)
+    monkeypatch.setattr(attention, "_LARGE_LAYER", 0)
+    # Made anew: what the other has compiled keeps to its way.
+    found = extender.__wrapped__(model.apply)(model.params, tokens, start)
+    assert read == [(2, 0)] * 4  # two layers, for a token and for the rest as one chunk
+    np.testing.assert_allclose(found[0], wanted[0], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(found[1, 4:], wanted[1, 4:], atol=1e-5, rtol=1e-5)
 
 
 def test_what_stands_in_the_padding_of_a_prompt_changes_nothing(model):
