@@ -171,7 +171,7 @@ def _compute(options, refs, place, first, steps, stages, kept_rows):
         tile = first + number
         plgpu.barrier_wait(refs["k_ready"].at[slot])
         keys = refs["k_tiles"].at[slot].transpose((1, 0))
-        (x,) = tiles.products((ROWS, TILE), (q_tile, keys))
+        (x,) = tiles.products(options, (ROWS, TILE), (q_tile, keys))
         plgpu.barrier_arrive(refs["k_free"].at[slot])
         z, _ = tiles.bent(options, x)
         partial = (tile < whole_first) | (tile >= whole_stop)

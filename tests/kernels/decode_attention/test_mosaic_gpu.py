@@ -31,10 +31,7 @@ CALLS = {
 
 @pytest.fixture
 def simulated(monkeypatch):
-    """The interpreter that simulates memory, barriers and warpgroups, and finds races.
-
-    It does not see what wgmma reads: a tile fetched too late shows in the numbers, if at all.
-    """
+    """The interpreter that simulates memory, barriers and warpgroups, and finds races."""
     # Rings of two stages, so that a handful of tiles goes round them.
     monkeypatch.setattr(mosaic_gpu, "_MOST_STAGES", 2)
     # No public name leads to what it found.
