@@ -111,7 +111,7 @@ def _compute(options, blocks, refs, wanted, place, steps, where, partial):
         for name in names:
             plgpu.barrier_wait(refs[f"{name}_ready"].at[slot])
         q_tile, dout_tile, lse, delta = (refs[f"{name}_tiles"].at[slot] for name in names)
-        (x,) = tiles.products(shape, (k_tile, q_tile.transpose((1, 0))))
+        (x,) = tiles.products(options, shape, (k_tile, q_tile.transpose((1, 0))))
         lse = tiles.spread(tiles.load(lse, COLUMN), shape, 1)
         plgpu.barrier_arrive(refs["lse_free"].at[slot])
         corner = (b, n, start, i * blocks.columns)
@@ -125,7 +125,7 @@ def _compute(options, blocks, refs, wanted, place, steps, where, partial):
         elif wanted == ("dv",):
             result["dv"] = tiles.accumulate(*operands)
         else:
-            (dp,) = tiles.products(shape, pair)
+            (dp,) = tiles.products(options, shape, pair)
         plgpu.barrier_arrive(refs["dout_free"].at[slot])
         if "dk" in wanted:
             delta = tiles.spread(tiles.load(delta, COLUMN), shape, 1)

@@ -87,11 +87,11 @@ def _query_body(options, blocks, refs):
             plgpu.barrier_wait(refs["v_ready"].at[slot])
             logits = q_tile, k_tile.transpose((1, 0))
             values = dout_tile, v_tile.transpose((1, 0))
-            x, *dp = tiles.products(shape, logits, *([] if blocks.apart else [values]))
+            x, *dp = tiles.products(options, shape, logits, *([] if blocks.apart else [values]))
             corner = (b, n, start, j * blocks.columns)
             lse_tile = tiles.spread(lse, shape)
             _, p = tiles.weights(options, refs, rows, x, lse_tile, corner, 0, partial(j))
-            (dp,) = dp or tiles.products(shape, values)
+            (dp,) = dp or tiles.products(options, shape, values)
             plgpu.barrier_arrive(refs["v_free"].at[slot])
             ds = tiles.logit_gradient(options, p, dp, tiles.spread(delta, shape))
             staging = refs["ds_tile"].at[group] if "ds_tile" in refs else None
@@ -170,6 +170,7 @@ def bias_gradient(options, operands, shape):
                     plgpu.barrier_wait(refs[f"{name}_ready"].at[slot])
                 ring = {name: refs[f"{name}_tiles"].at[slot] for name in ("q", "k", "v", "dout")}
                 x, dp = tiles.products(
+                    options,
                     (ROWS, columns),
                     (ring["q"], ring["k"].transpose((1, 0))),
                     (ring["dout"], ring["v"].transpose((1, 0))),

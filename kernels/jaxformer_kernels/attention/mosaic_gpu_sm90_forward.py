@@ -111,13 +111,14 @@ def _compute(options, blocks, refs, place, first, stop, partial):
         slot = tiles.ring_slot(number, blocks.stages)
         j = first + number
 
-        def multiply(accumulator):
+        def logits(accumulator):
             q_tile = tiles.own_tile(refs["q_tile"], group, number)
-            plgpu.wgmma(accumulator, q_tile, refs["k_tiles"].at[slot].transpose((1, 0)))
+            k_tile = refs["k_tiles"].at[slot].transpose((1, 0))
+            tiles.multiply(options, accumulator, q_tile, k_tile)
             rendezvous()
             return accumulator[...]
 
-        x = pl.run_scoped(multiply, plgpu.ACC((ROWS, blocks.columns), jnp.float32))
+        x = pl.run_scoped(logits, plgpu.ACC((ROWS, blocks.columns), jnp.float32))
         plgpu.barrier_arrive(refs["k_free"].at[slot])
         state = acc, top, total
         p, acc, top, total = _softmax(options, refs, rows, (b, n, start, j), x, state, partial(j))

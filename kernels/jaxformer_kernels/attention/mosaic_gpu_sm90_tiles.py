@@ -60,12 +60,23 @@ def spread(vector, shape, axis=0):
     return lax.broadcast_in_dim(vector, shape, (axis,))
 
 
-def products(shape, *pairs):
+def multiply(options, accumulator, a, b):
+    """Start to add the product of two tiles to a wgmma accumulator; b, or both, in shared memory."""
+    if options.interpret is not None:
+        # Its wgmma takes what lies there. A plain read it holds to have been waited for, and, with
+        # the fence, to be over before the tile is fetched anew.
+        for operand in (a, b):
+            operand[...]
+        plgpu.commit_smem()
+    plgpu.wgmma(accumulator, a, b)
+
+
+def products(options, shape, *pairs):
     """The float32 products, each of this shape, of pairs of tiles in shared memory."""
 
     def run(*accumulators):
         for accumulator, (a, b) in zip(accumulators, pairs, strict=True):
-            plgpu.wgmma(accumulator, a, b)
+            multiply(options, accumulator, a, b)
         return tuple(accumulator[...] for accumulator in accumulators)
 
     return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32),) * len(pairs))
@@ -74,18 +85,14 @@ def products(shape, *pairs):
 def accumulate(options, accumulator, a, b, staging):
     """`accumulator` plus the product of `a`, in registers, and `b`, in shared memory.
 
-    Args:
-        staging: shared memory for `a` alone, through which it goes to wgmma; None lets it stay in
-            registers. The interpreter wants one, as it knows no wgmma with an operand in registers
-            (nor one that starts from a value).
+    The interpreter knows no wgmma with an operand in registers, nor one that starts from a value:
+    there `a` goes through `staging`, shared memory for it alone; on the device that is None.
     """
-    if staging is not None:
-        staging[...] = a
-        plgpu.commit_smem()
-        a = staging
     if options.interpret is None:
         return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(accumulator))
-    (added,) = products(accumulator.shape, (a, b))
+    staging[...] = a
+    plgpu.commit_smem()
+    (added,) = products(options, accumulator.shape, (staging, b))
     return accumulator + added
 
 
@@ -98,7 +105,7 @@ def accumulate_and_multiply(options, accumulator, a, b, staging, shape, pair):
             plgpu.wgmma(refs[1], *pair)
 
         return pl.run_state(run)((plgpu.ACC.init(accumulator), plgpu.ACC.init(zeros(shape))))
-    return accumulate(options, accumulator, a, b, staging), *products(shape, pair)
+    return accumulate(options, accumulator, a, b, staging), *products(options, shape, pair)
 
 
 def stream(refs, places, steps, stages):

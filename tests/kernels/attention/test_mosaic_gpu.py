@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer_kernels import Dropout, Mask, attention, compiling_for, interpreting
+from jaxformer_kernels import Dropout, Mask, attention, compiling_for
 from jaxformer_kernels.attention.mosaic_gpu_sm90_blocks import (
     SHARED_BYTES,
     choose,
@@ -20,15 +20,9 @@ from jaxformer_kernels.attention.mosaic_gpu_sm90_blocks import (
 )
 from jaxformer_kernels.attention.shapes import SHAPES
 from tests.kernels.attention.calls import cast, compiled, draw, errors, plain, shape_call
+from tests.kernels.interpreters import racing_gpu
 
 in_interpreter = pytest.mark.mosaic_gpu
-
-
-def racing():
-    """The interpreter that simulates warpgroups, barriers and TMA, and detects races."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return interpreting(plgpu.InterpretGPUParams(detect_races=True))
 
 
 def hopper(*arguments, **options):
@@ -55,8 +49,8 @@ def check(operands, options, dtype=jnp.bfloat16):
     reference = functools.partial(attention, implementation="reference")
     want = compiled(reference, options)(cast(operands, jnp.float32))
     want = {name: np.asarray(x) for name, x in want.items()}
-    with racing():
-        got = compiled(hopper, options)(operands)
+    with racing_gpu():
+        got = jax.block_until_ready(compiled(hopper, options)(operands))
     assert np.array_equal(np.isinf(want["lse"]), np.isinf(got["lse"]))
     allowed = errors(compiled(plain, options)(operands), want)
     factor = 3 if "softcap" in options else 2
@@ -75,6 +69,7 @@ def scattered(B, T, S):
 CALLS = {
     "everything_visible": lambda: make_call(1, 128, 192, 2, 2, 64),
     "causal_ragged_grouped": lambda: make_call(1, 200, 200, 2, 1, 64, causal=True),
+    "groups_of_heads": lambda: make_call(1, 70, 70, 4, 2, 64, causal=True),
     "window_and_offset": lambda: make_call(
         1, 150, 200, 1, 1, 64, causal=True, window=(70, 0), q_offset=3
     ),
@@ -136,8 +131,8 @@ def test_dropout_drops_what_the_reference_drops(grouped):
     want = compiled(functools.partial(attention, implementation="reference"), options)(
         cast(operands, jnp.float32)
     )
-    with racing():
-        got = compiled(hopper, options)(operands)
+    with racing_gpu():
+        got = jax.block_until_ready(compiled(hopper, options)(operands))
     for name, x in want.items():
         # One probability dropped for another is an error of the size of the values themselves.
         np.testing.assert_allclose(
@@ -149,9 +144,9 @@ def test_dropout_drops_what_the_reference_drops(grouped):
 def test_a_rerun_is_bitwise_equal():
     operands, options = make_call(1, 130, 70, 2, 1, 64, bias=(1, 1, 130, 70), sinks=True, rate=0.2)
     operands = cast(operands, jnp.bfloat16)
-    with racing():
+    with racing_gpu():
         run = compiled(hopper, options)
-        first, second = run(operands), run(operands)
+        first, second = jax.block_until_ready((run(operands), run(operands)))
     for name in first:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
@@ -159,8 +154,8 @@ def test_a_rerun_is_bitwise_equal():
 @in_interpreter
 def test_rows_that_see_nothing_give_nothing_and_get_no_gradient():
     operands, options = make_call(2, 70, 90, 2, 1, 64, sinks=True, kv_end=jnp.array([0, 50]))
-    with racing():
-        got = compiled(hopper, options)(cast(operands, jnp.bfloat16))
+    with racing_gpu():
+        got = jax.block_until_ready(compiled(hopper, options)(cast(operands, jnp.bfloat16)))
     assert not np.any(got["out"][0]) and np.all(got["lse"][0] == -np.inf)
     for name in ("dq", "dk", "dv"):
         assert not np.any(got[name][0]), name
@@ -182,9 +177,10 @@ def test_one_document_of_a_packed_row_never_touches_another_bitwise():
         out, pull = jax.vjp(lambda q, k, v: hopper(q, k, v, mask=mask), q, k, v)
         return out, *pull(jnp.cos(q))
 
-    with racing():
+    with racing_gpu():
         before = run(q, k, v)
         after = run(*(jnp.where(first, 3 * x + 1, x) for x in (q, k, v)))
+        jax.block_until_ready((before, after))
     for x, y in zip(before, after, strict=True):
         np.testing.assert_array_equal(jnp.where(first, 0, x), jnp.where(first, 0, y))
         assert np.any(jnp.where(first, x != y, False))
@@ -194,10 +190,11 @@ def test_one_document_of_a_packed_row_never_touches_another_bitwise():
 def test_vmap_is_a_loop_over_the_axis():
     operands, options = make_call(2, 70, 70, 1, 1, 64, causal=True)
     q, k, v = (x[:, None] for x in cast(operands, jnp.bfloat16).values())
-    with racing():
+    with racing_gpu():
         run = functools.partial(hopper, **options)
         got = jax.jit(jax.vmap(run))(q, k, v)
         want = jax.jit(run)(q[:, 0], k[:, 0], v[:, 0])
+        jax.block_until_ready((got, want))
     np.testing.assert_array_equal(got[:, 0], want)
 
 
