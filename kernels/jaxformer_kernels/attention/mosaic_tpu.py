@@ -67,10 +67,12 @@ def _limits(call):
         yield f"{call.dtype} (it has float32 and bfloat16)"
     if call.T == 0:
         yield "no queries (T = 0)"
-    tiles = mosaic_tpu_tiles.choose(max(call.T, 1), call.S, call.N // call.K)
+    tiles = mosaic_tpu_tiles.choose(max(call.T, 1), call.S, call.N // call.K, call.dtype)
     blocks = -(-call.T // tiles.rows), -(-call.S // tiles.columns)
     traced = {"segments", "kv_range", "traced_q_offset"} & call.features
-    if blocks[0] * blocks[1] * (call.B if traced else 1) > mosaic_tpu_tiles.MAX_STEPS:
+    most = mosaic_tpu_tiles.MAX_ROW_BLOCKS, mosaic_tpu_tiles.MAX_COLUMN_BLOCKS
+    total = blocks[0] * blocks[1] * (call.B if traced else 1)
+    if blocks[0] > most[0] or blocks[1] > most[1] or total > mosaic_tpu_tiles.MAX_STEPS:
         yield f"so many blocks ({blocks[0]} of queries, {blocks[1]} of keys) in one schedule"
 
 

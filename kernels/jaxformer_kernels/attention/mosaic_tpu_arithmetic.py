@@ -30,24 +30,21 @@ def each_head(plan, body):
     lax.fori_loop(0, plan.tiles.heads, of_head, 0)
 
 
-def each_tile(plan, body):
-    """`body(head, chunk)` for every tile of a block, in order; `chunk` is its first key."""
+def by_kind(plan, steps, kind, body):
+    """`body(masked, chunks)` for a block that is not empty.
 
-    def of_head(head):
-        for chunk in range(0, plan.tiles.columns, plan.tiles.chunk):
-            body(head, chunk)
-
-    each_head(plan, of_head)
-
-
-def by_code(steps, code, body):
-    """`body(masked)` for a block that is not empty.
-
-    `masked`, a Python bool, is whether the mask has to be looked at.
+    `masked`, a Python bool, is whether the mask has to be looked at; `chunks` is a range of the
+    first key of every chunk that may be visible. A body is compiled for every range that occurs.
     """
-    for kind, masked in ((schedule.FULL, False), (schedule.PARTIAL, True)):
-        if kind in steps.codes:
-            pl.when(code == kind)(functools.partial(body, masked))
+    t = plan.tiles
+    code, begin, end = kind
+    if steps.full:
+        every = range(0, t.columns, t.chunk)
+        pl.when(code == schedule.FULL)(functools.partial(body, False, every))
+    for first, last in steps.partial:
+        here = (code == schedule.PARTIAL) & (begin == first) & (end == last)
+        some = range(first * t.chunk, last * t.chunk, t.chunk)
+        pl.when(here)(functools.partial(body, True, some))
 
 
 def dot(a, b, contract):

@@ -79,7 +79,7 @@ def from_key(mask, T, first, count):
 def _run_part(options, q, k, v, bias, mask, seed, lse, delta, out_gradient, first_key, dq_dtype):
     B, T, N, H = q.shape
     S, K, Hv = v.shape[1:]
-    tiles = tiles_lib.choose(T, S, N // K)
+    tiles = tiles_lib.choose(T, S, N // K, q.dtype, mask)
     plan = operands.plan(options, tiles, q, v, mask, first_key)
     steps = tiles_lib.steps(mask, T, S, tiles)
     inputs = {
@@ -129,7 +129,7 @@ def _kernel(plan, steps):
     t, options = plan.tiles, plan.options
 
     def attention_backward(scalars, refs):
-        place, code, first, last = operands.step(plan, steps, scalars["words"])
+        place, kind, (first, last) = operands.step(plan, steps, scalars["words"])
         block, step = pl.program_id(2), pl.program_id(3)
         dq_sum, dk_sum, dv_sum = refs["dq_sum"], refs["dk_sum"], refs["dv_sum"]
 
@@ -165,9 +165,13 @@ def _kernel(plan, steps):
             dk_sum[sums, :] += arithmetic.dot(before, q, (1, 0))
             dq_sum[head] += arithmetic.dot(refs["k_turned"][:, keys], before, (1, 0))
 
-        @functools.partial(arithmetic.by_code, steps, code)
-        def _(masked):
-            arithmetic.each_tile(plan, functools.partial(tile, masked))
+        @functools.partial(arithmetic.by_kind, plan, steps, kind)
+        def _(masked, chunks):
+            def of_head(head):
+                for chunk in chunks:
+                    tile(masked, head, chunk)
+
+            arithmetic.each_head(plan, of_head)
 
         @pl.when(last)
         def _():

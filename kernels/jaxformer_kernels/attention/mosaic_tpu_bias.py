@@ -22,7 +22,7 @@ def run(options, q, k, v, bias, mask, seed, lse, delta, out_gradient):
     """The gradient of `bias`, in its shape and dtype; arguments as in the backward pass."""
     B, T, N, _ = q.shape
     S = v.shape[1]
-    tiles = tiles_lib.choose(T, S, 1)
+    tiles = tiles_lib.choose(T, S, 1, q.dtype, mask)
     plan = operands.plan(options, tiles, q, v, mask)
     steps = tiles_lib.steps(mask, T, S, tiles)
     codes = schedule.classify(mask, T, S, tiles.rows, tiles.columns)
@@ -41,7 +41,7 @@ def run(options, q, k, v, bias, mask, seed, lse, delta, out_gradient):
     kept = sum(size != 1 for size in bias.shape)
     locate = functools.partial(_place, plan, order)
     results = operands.call(
-        _kernel(plan, steps, order, kept, codes.shape),
+        _kernel(plan, order, kept, codes.shape),
         plan,
         grid=tuple(sizes[axis] for axis in order),
         semantics=("parallel",) * kept + ("arbitrary",) * (4 - kept),
@@ -73,7 +73,7 @@ def _code_index(shape, place):
     return row * column_blocks + place.column
 
 
-def _kernel(plan, steps, order, kept, shape):
+def _kernel(plan, order, kept, shape):
     def attention_bias_gradient(scalars, refs):
         grid = [pl.program_id(axis) for axis in range(4)]
         place = _place(plan, order, *grid)
@@ -88,16 +88,19 @@ def _kernel(plan, steps, order, kept, shape):
         def _():
             dbias[...] = jnp.zeros(dbias.shape, jnp.float32)
 
-        def tile(masked, head, chunk):
-            _, _, after = arithmetic.gradients(plan, scalars, refs, place, head, chunk, masked)
+        def tile(masked, chunk):
+            _, _, after = arithmetic.gradients(plan, scalars, refs, place, 0, chunk, masked)
             keys = slice(None) if dbias.shape[1] == 1 else arithmetic.tile(plan, chunk)
             for axis in range(2):
                 if dbias.shape[1 + axis] == 1:
                     after = jnp.sum(after, axis=axis, keepdims=True)
             dbias[0, keys, :] += after
 
-        @functools.partial(arithmetic.by_code, steps, code)
-        def _(masked):
-            arithmetic.each_tile(plan, functools.partial(tile, masked))
+        for kind, masked in ((schedule.FULL, False), (schedule.PARTIAL, True)):
+
+            @pl.when(code == kind)
+            def _(masked=masked):
+                for chunk in range(0, plan.tiles.columns, plan.tiles.chunk):
+                    tile(masked, chunk)
 
     return attention_bias_gradient

@@ -30,7 +30,7 @@ def run(options, q, k, v, bias, sinks, mask, seed):
     """
     B, T, N, _ = q.shape
     S, K, Hv = v.shape[1:]
-    tiles = tiles_lib.choose(T, S, N // K)
+    tiles = tiles_lib.choose(T, S, N // K, q.dtype, mask)
     plan = operands.plan(options, tiles, q, v, mask)
     steps = tiles_lib.steps(mask, T, S, tiles)
     prefetch = {"words": jnp.asarray(steps.words), "numbers": operands.numbers(mask, plan, seed)}
@@ -71,7 +71,7 @@ def run(options, q, k, v, bias, sinks, mask, seed):
     return out, results["lse"][:, :, 0, :T]
 
 
-def _block(plan, scalars, refs, place, masked, head):
+def _block(plan, scalars, refs, place, masked, chunks, head):
     """One head's block, chunk by chunk of its keys.
 
     While the vector unit works on one chunk's weights, the matrix unit works on the logits of the
@@ -80,7 +80,6 @@ def _block(plan, scalars, refs, place, masked, head):
     """
     q, waiting, acc = refs["q"][head], refs["logits"], refs["acc"]
     rate = plan.options.rate
-    chunks = range(0, plan.tiles.columns, plan.tiles.chunk)
 
     def prepare(index):
         """Put a chunk's logits in their place; their maximum, for each query."""
@@ -111,7 +110,7 @@ def _block(plan, scalars, refs, place, masked, head):
 
 def _kernel(plan, steps):
     def attention_forward(scalars, refs):
-        place, code, first, last = operands.step(plan, steps, scalars["words"])
+        place, kind, (first, last) = operands.step(plan, steps, scalars["words"])
         top, total, acc = refs["top"], refs["total"], refs["acc"]
 
         @pl.when(first)
@@ -120,11 +119,10 @@ def _kernel(plan, steps):
             total[...] = jnp.zeros(total.shape, jnp.float32)
             acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
-        @functools.partial(arithmetic.by_code, steps, code)
-        def _(masked):
-            arithmetic.each_head(
-                plan, functools.partial(_block, plan, scalars, refs, place, masked)
-            )
+        @functools.partial(arithmetic.by_kind, plan, steps, kind)
+        def _(masked, chunks):
+            block = functools.partial(_block, plan, scalars, refs, place, masked, chunks)
+            arithmetic.each_head(plan, block)
 
         @pl.when(last)
         def _():

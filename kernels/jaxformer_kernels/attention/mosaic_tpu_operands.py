@@ -228,18 +228,18 @@ def on_steps(plan, steps):
     """A `locate` for the grid (batch, key-value head, block of its query heads, step)."""
 
     def locate(b, kv_head, block, index, words, *_):
-        row, column, *_ = tiles_lib.unpack(words[_word_index(steps, b, index)])
+        (row, column), *_ = tiles_lib.unpack(words[_word_index(steps, b, index)])
         return Place(b, kv_head, kv_head * plan.head_blocks + block, row, column)
 
     return locate
 
 
 def step(plan, steps, words):
-    """Within a kernel on that grid: (`Place`, code, first of its row, last of its row)."""
+    """Within a kernel on that grid: `Place`, kind of block, (first, last) of its row of blocks."""
     b, kv_head, block, index = (pl.program_id(axis) for axis in range(4))
-    row, column, code, first, last = tiles_lib.unpack(words[_word_index(steps, b, index)])
+    (row, column), kind, ends = tiles_lib.unpack(words[_word_index(steps, b, index)])
     place = Place(b, kv_head, kv_head * plan.head_blocks + block, row, column)
-    return place, code, first, last
+    return place, kind, ends
 
 
 def call(

@@ -111,11 +111,14 @@ def test_the_gradient_of_a_broadcasting_bias_is_summed_where_it_broadcasts(small
     assert_close(got, gradient(mask, "reference")(x))
 
 
-def visited(mask, T=16, S=16, rows=4, columns=4):
-    """Every list of `steps`, as tuples (row, column, code, first, last)."""
-    steps = mosaic_tpu_tiles.steps(mask, T, S, Tiles(rows, columns, columns, 1))
+def visited(mask, T=16, S=16, rows=4, columns=4, chunk=4):
+    """Every list of `steps`, as tuples (row, column, code, begin, end, first, last)."""
+    steps = mosaic_tpu_tiles.steps(mask, T, S, Tiles(rows, columns, chunk, 1))
     words = np.asarray(steps.words).reshape(steps.lists, steps.count)
-    return [[tuple(int(x) for x in mosaic_tpu_tiles.unpack(w)) for w in row] for row in words]
+    return [
+        [tuple(int(x) for part in mosaic_tpu_tiles.unpack(w) for x in part) for w in row]
+        for row in words
+    ]
 
 
 def test_a_static_mask_shortens_the_grid():
@@ -129,7 +132,25 @@ def test_a_static_mask_shortens_the_grid():
         (0, 0), (1, 0), (1, 1), (2, 1), (2, 2), (3, 2), (3, 3),
     ]  # fmt: skip
     (nothing,) = visited(Mask(kv_end=0))
-    assert nothing == [(i, 0, schedule.EMPTY, 1, 1) for i in range(4)]
+    assert nothing == [(i, 0, schedule.EMPTY, 0, 1, 1, 1) for i in range(4)]
+
+
+def test_chunks_that_a_static_mask_hides_are_not_worked_on():
+    (steps,) = visited(Mask(causal=True), rows=4, columns=8, chunk=4)
+    assert [step[:5] for step in steps] == [
+        (0, 0, schedule.PARTIAL, 0, 1),
+        (1, 0, schedule.PARTIAL, 0, 2),
+        (2, 0, schedule.FULL, 0, 2),
+        (2, 1, schedule.PARTIAL, 0, 1),
+        (3, 0, schedule.FULL, 0, 2),
+        (3, 1, schedule.PARTIAL, 0, 2),
+    ]
+    (steps,) = visited(Mask(kv_start=5), T=4, S=20, columns=8, chunk=4)
+    assert [step[1:5] for step in steps] == [
+        (0, schedule.PARTIAL, 1, 2),
+        (1, schedule.FULL, 0, 2),
+        (2, schedule.PARTIAL, 0, 1),  # past the end
+    ]
 
 
 def test_every_row_of_blocks_begins_and_ends_once():
@@ -141,25 +162,29 @@ def test_every_row_of_blocks_begins_and_ends_once():
     )
     for mask in masks:
         for steps in visited(mask):
-            assert [step[0] for step in steps if step[3]] == [0, 1, 2, 3]
-            assert [step[0] for step in steps if step[4]] == [0, 1, 2, 3]
+            assert [step[0] for step in steps if step[5]] == [0, 1, 2, 3]
+            assert [step[0] for step in steps if step[6]] == [0, 1, 2, 3]
 
 
 def test_what_only_run_time_hides_is_left_at_the_end_where_it_fetches_nothing():
     ids = jnp.repeat(jnp.arange(4), 4)[None]
     (steps,) = visited(Mask(causal=True, q_segment_ids=ids, kv_segment_ids=ids))
     assert len(steps) == 10  # what causal leaves
-    assert steps[:4] == [(i, i, schedule.PARTIAL, 1, 1) for i in range(4)]
-    assert steps[4:] == [(3, 3, schedule.EMPTY, 0, 0)] * 6
+    assert steps[:4] == [(i, i, schedule.PARTIAL, 0, 1, 1, 1) for i in range(4)]
+    assert steps[4:] == [(3, 3, schedule.EMPTY, 0, 1, 0, 0)] * 6
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_blocks_suit_the_hardware_and_pad_little(shape):
-    tiles = mosaic_tpu_tiles.choose(shape.T, shape.S, shape.N // shape.K)
+def test_blocks_suit_the_hardware_and_pad_little(shape, dtype):
+    mask = Mask(causal=shape.causal, window=shape.window)
+    tiles = mosaic_tpu_tiles.choose(shape.T, shape.S, shape.N // shape.K, dtype, mask)
     assert tiles.rows % 128 == tiles.chunk % 128 == tiles.columns % tiles.chunk == 0
     assert (shape.N // shape.K) % tiles.heads == 0
     assert -shape.T % tiles.rows <= max(128, shape.T // 8)
     assert -shape.S % tiles.columns <= max(128, shape.S // 8)
+    if shape.window == (127, 0):
+        assert tiles.rows == tiles.columns == 256
 
 
 def lowered(x, mask, **options):
