@@ -66,7 +66,7 @@ def multiply(options, accumulator, a, b):
         # Its wgmma takes what lies there. A plain read it holds to have been waited for, and, with
         # the fence, to be over before the tile is fetched anew.
         for operand in (a, b):
-            operand[...]
+            _ = operand[...]
         plgpu.commit_smem()
     plgpu.wgmma(accumulator, a, b)
 
