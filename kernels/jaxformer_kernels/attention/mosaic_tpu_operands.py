@@ -24,6 +24,7 @@ PER_ROW = 3  # a row of the batch's offset, first visible key, end of the visibl
 # v5p has 64 MiB of vector memory.
 MOST_VMEM = 60 * 2**20
 _LIVE_TILES = 12
+_SLACK = 4 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,9 +304,9 @@ def call(
 
 
 def _vmem_limit(plan, arrays, blocks, scratch):
-    """Bytes of vector memory to allow: blocks twice, scratch, and the values of a few tiles."""
+    """Bytes of vector memory to allow: blocks twice, scratch, and a few tiles' values."""
     tile = plan.tiles.chunk * plan.tiles.rows * 4
-    bytes_ = _LIVE_TILES * tile + sum(_padded_bytes(shape, 4) for shape in scratch.values())
+    bytes_ = _SLACK + _LIVE_TILES * tile + sum(_padded_bytes(shape, 4) for shape in scratch.values())
     for name, spec in blocks.items():
         block = [size for size in spec.block_shape if size is not None]
         bytes_ += 2 * _padded_bytes(block, arrays[name].dtype.itemsize)
