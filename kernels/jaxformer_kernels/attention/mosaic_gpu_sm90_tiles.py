@@ -61,7 +61,7 @@ def spread(vector, shape, axis=0):
 
 
 def multiply(options, accumulator, a, b):
-    """Start to add the product of two tiles to a wgmma accumulator; b, or both, in shared memory."""
+    """Start to add the product of two tiles in shared memory to a wgmma accumulator."""
     if options.interpret is not None:
         # Its wgmma takes what lies there. A plain read it holds to have been waited for, and, with
         # the fence, to be over before the tile is fetched anew.
