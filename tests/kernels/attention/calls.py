@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformer_kernels import Mask
+from jaxformer_kernels.attention.dropout import keep
 
 
 def draw(seed, *shape):
@@ -57,7 +58,7 @@ def shape_call(shape):
     return operands, options
 
 
-def plain(q, k, v, *, mask, bias=None, sinks=None, softcap=None, return_lse=True):
+def plain(q, k, v, *, mask, bias=None, sinks=None, softcap=None, dropout=None, return_lse=True):
     """Attention as one writes it first, every step in the dtype of the operands."""
     heads = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, heads, axis=2), jnp.repeat(v, heads, axis=2)
@@ -66,12 +67,18 @@ def plain(q, k, v, *, mask, bias=None, sinks=None, softcap=None, return_lse=True
         x = softcap * jnp.tanh(x / softcap)
     if bias is not None:
         x = x + bias
-    x = jnp.where(mask.as_array(*x.shape), x, -jnp.inf)
+    visible = mask.as_array(*x.shape)
+    sees = jnp.any(visible, axis=-1, keepdims=True)
+    x = jnp.where(visible, x, jnp.where(sees, -jnp.inf, 0.0))
     if sinks is not None:
         sink = jnp.broadcast_to(sinks[None, :, None, None], (*x.shape[:-1], 1))
         x = jnp.concatenate([x, sink], axis=-1)
-    p = jax.nn.softmax(x, axis=-1)[..., : k.shape[1]]
-    return jnp.einsum("bnts,bsnh->btnh", p, v), jax.nn.logsumexp(x, axis=-1)
+    p = jnp.where(sees, jax.nn.softmax(x, axis=-1), 0.0)[..., : k.shape[1]]
+    if dropout is not None:
+        kept = keep(dropout.seed(), dropout.rate, *jnp.ix_(*map(jnp.arange, p.shape)))
+        p = jnp.where(kept, p / (1 - dropout.rate), 0.0)
+    lse = jnp.where(sees[..., 0], jax.nn.logsumexp(x, axis=-1), -jnp.inf)
+    return jnp.einsum("bnts,bsnh->btnh", p, v), lse
 
 
 def errors(got, want):
