@@ -21,8 +21,8 @@ IMPLEMENTATIONS = {
 
 _EVERYTHING = Mask()
 
-# Fastest first: on a CPU as benchmarks/ measured, elsewhere as published (cuDNN) or as the compiler's
-# schedule says (TPU). "mosaic_gpu" enters once it is timed on the chip.
+# Fastest first: on a CPU as measured by benchmarks/, elsewhere as published (cuDNN) or as the
+# compiler schedules it (TPU). "mosaic_gpu" enters once it is timed on the chip.
 ORDER = {
     "default": ("xla",),
     "tpu": ("mosaic_tpu", "xla"),
