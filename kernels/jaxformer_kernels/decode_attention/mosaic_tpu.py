@@ -26,7 +26,7 @@ from jaxformer_kernels.decode_attention.call import FEATURES, Options
 _LANES = 128
 _BLOCK_BYTES = 1 << 20  # of keys; as many of values, and both twice, are in VMEM at once
 _LOGITS = 1 << 18  # a block's, of all heads' queries against all heads' keys
-_MOST_PAGES = 16  # in a block: each is an operand of its own
+_MOST_PAGES = 32  # in a block: each is a copy of its own
 _MOST_ROWS = 512
 _MOST_ENTRIES = 1 << 16  # of a page table, which lies in scalar memory
 
@@ -38,7 +38,8 @@ class _Plan:
     Attributes:
         T, N, K: sizes of the axes.
         S: positions a row has room for.
-        size: positions in a block; `pages` pages, each an operand, or one piece of a row.
+        size: positions in a block.
+        pages: pages in a block; None where the cache is not paged.
         parts: runs that the blocks of a row are divided into.
         narrow: whether the cache lies as [K, H, S], not as [S, K, H].
         scalars: names of the scalar operands, in order.
@@ -49,7 +50,7 @@ class _Plan:
     K: int
     S: int
     size: int
-    pages: int
+    pages: int | None
     parts: int
     narrow: bool
     scalars: tuple[str, ...]
@@ -71,7 +72,7 @@ def mosaic_tpu(q, k, v, lengths, starts, page_table, sinks, options):
     if page_table is not None:
         seen = span.blocks(lengths, starts, T, options.left, S, page_size)
         scalars |= {"first_page": seen[0], "end_page": seen[1], "table": page_table}
-    pages = 1 if page_table is None else size // page_size
+    pages = None if page_table is None else size // page_size
     plan = _Plan(T, N, K, S, size, pages, parts, narrow, tuple(scalars))
 
     rows = jnp.swapaxes(q, 1, 2).reshape(B, N * T, H)
@@ -119,16 +120,18 @@ def _call(plan, options, scalars, rows, k, v):
         np.array([row_index % plan.T, row_index // (R // plan.K)], np.int32).T,
     ]
     constants = [_compat.vary(jnp.asarray(x), _compat.varying_axes(rows)) for x in constants]
-    positions = plan.size // plan.pages
     blocks = [
-        (1, plan.K, width, positions) if plan.narrow else (1, positions * plan.K, width)
+        (plan.K, width, plan.size) if plan.narrow else (plan.size * plan.K, width)
         for width in (H, Hv)
     ]
-    cache_specs = [
-        pl.BlockSpec(block, functools.partial(_cache_index, plan, page))
-        for block in blocks
-        for page in range(plan.pages)
-    ]
+    scratch = [pltpu.VMEM((R, width), jnp.float32) for width in (1, 1, Hv)]
+    if plan.pages is None:
+        index = functools.partial(_cache_index, plan)
+        cache_specs = [pl.BlockSpec((1, *block), index) for block in blocks]
+    else:
+        cache_specs = [pl.BlockSpec(memory_space=pl.ANY)] * 2
+        scratch += [pltpu.VMEM((2, *block), k.dtype) for block in blocks]
+        scratch += [pltpu.SemaphoreType.DMA((2, 2))]
     # As many steps as the row with most to do; a shorter row's last steps fetch nothing.
     steps = jnp.maximum(jnp.max(scalars["end"] - scalars["first"]), 1)
     return pl.pallas_call(
@@ -144,35 +147,64 @@ def _call(plan, options, scalars, rows, k, v):
             out_specs=[
                 pl.BlockSpec((1, R, width), lambda run, *_: (run, 0, 0)) for width in (Hv, 1)
             ],
-            scratch_shapes=[pltpu.VMEM((R, width), jnp.float32) for width in (1, 1, Hv)],
+            scratch_shapes=scratch,
         ),
         out_shape=[_compat.shape_like((runs, R, width), jnp.float32, rows) for width in (Hv, 1)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=dispatch.interpreter() or False,
         name="decode_attention",
-    )(*scalars.values(), *constants, rows, *[k] * plan.pages, *[v] * plan.pages)
+    )(*scalars.values(), *constants, rows, k, v)
 
 
-def _cache_index(plan, page, run, step, *refs):
-    """Which block of the cache, or page of the pool, step `step` of a run reads as its `page`th."""
+def _cache_index(plan, run, step, *refs):
+    """Which block of the cache step `step` of a run reads."""
     refs = dict(zip(plan.scalars, refs, strict=True))
-    b = run // plan.parts
     # Steps past the end name the last block again, and what is named again is not fetched again.
     block = jnp.minimum(refs["first"][run] + step, jnp.maximum(refs["end"][run] - 1, 0))
-    if "table" not in refs:
-        return (b, 0, 0, block) if plan.narrow else (b, block, 0)
-    first, end = refs["first_page"][b], refs["end_page"][b]
-    slot = jnp.clip(block * plan.pages + page, first, jnp.maximum(end - 1, first))
-    number = jnp.where(end > first, refs["table"][b, slot], 0)
-    return (number, 0, 0, 0) if plan.narrow else (number, 0, 0)
+    b = run // plan.parts
+    return (b, 0, 0, block) if plan.narrow else (b, block, 0)
+
+
+def _page_copies(plan, scalars, run, step, pools, buffers, semaphores):
+    """The copies that bring the pages of a run's step to one half of the buffers."""
+    b, block, half = run // plan.parts, scalars["first"][run] + step, step % 2
+    first, last = scalars["first_page"][b], scalars["end_page"][b] - 1
+    for page in range(plan.pages):
+        # In place of a page that no query sees, one that is seen: it is masked, and finite.
+        number = scalars["table"][b, jnp.clip(block * plan.pages + page, first, last)]
+        for which, (pool, buffer) in enumerate(zip(pools, buffers, strict=True)):
+            extent = pool.shape[3 if plan.narrow else 1]
+            part = pl.ds(page * extent, extent)
+            target = buffer.at[half, :, :, part] if plan.narrow else buffer.at[half, part]
+            yield pltpu.make_async_copy(pool.at[number], target, semaphores.at[half, which])
+
+
+def _read_pages(plan, scalars, run, step, end, pools, scratch):
+    """(k, v) of a run's step before its `end`, while those of the next step are on their way."""
+    *buffers, semaphores = scratch
+
+    def copies(step):
+        return _page_copies(plan, scalars, run, step, pools, buffers, semaphores)
+
+    @pl.when(step == 0)
+    def _():
+        for copy in copies(step):
+            copy.start()
+
+    @pl.when(step + 1 < end)
+    def _():
+        for copy in copies(step + 1):
+            copy.start()
+
+    for copy in copies(step):
+        copy.wait()
+    return tuple(buffer[step % 2] for buffer in buffers)
 
 
 def _kernel(plan, options: Options, *refs):
     """One block of keys for all queries of a row."""
     scalars = dict(zip(plan.scalars, refs, strict=False))
-    columns, rows, q, *refs = refs[len(plan.scalars) :]
-    keys, values = refs[: plan.pages], refs[plan.pages : 2 * plan.pages]
-    out, lse, top, total, mixed = refs[2 * plan.pages :]
+    columns, rows, q, k, v, out, lse, top, total, mixed, *buffers = refs[len(plan.scalars) :]
     run, step = pl.program_id(0), pl.program_id(1)
     b = run // plan.parts
     block = scalars["first"][run] + step
@@ -185,7 +217,12 @@ def _kernel(plan, options: Options, *refs):
 
     @pl.when(block < scalars["end"][run])
     def _():
-        x = options.scale * _logits(plan, q[0], _joined(plan, keys))
+        if plan.pages is None:
+            keys, values = k[0], v[0]
+        else:
+            steps = scalars["end"][run] - scalars["first"][run]
+            keys, values = _read_pages(plan, scalars, run, step, steps, (k, v), buffers)
+        x = options.scale * _logits(plan, q[0], keys)
         if options.softcap is not None:
             x = options.softcap * jnp.tanh(x / options.softcap)
         s = block * plan.size + columns[:1, :]
@@ -200,10 +237,10 @@ def _kernel(plan, options: Options, *refs):
         finite = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         p = jnp.exp(x - finite)
         fade = jnp.exp(top[...] - finite)
-        v = _existing(plan, _joined(plan, values), plan.S - block * plan.size)
+        values = _existing(plan, values, plan.S - block * plan.size)
         top[...] = new_top
         total[...] = total[...] * fade + jnp.sum(p, axis=1, keepdims=True)
-        mixed[...] = mixed[...] * fade + _mixed(plan, p.astype(v.dtype), v)
+        mixed[...] = mixed[...] * fade + _mixed(plan, p.astype(values.dtype), values)
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
@@ -211,11 +248,6 @@ def _kernel(plan, options: Options, *refs):
         safe = jnp.where(seen, total[...], 1.0)
         out[0] = mixed[...] / safe
         lse[0] = jnp.where(seen, top[...] + jnp.log(safe), -jnp.inf)
-
-
-def _joined(plan, pages):
-    axis = 2 if plan.narrow else 0
-    return pages[0][0] if len(pages) == 1 else jnp.concatenate([x[0] for x in pages], axis=axis)
 
 
 def _existing(plan, v, count):

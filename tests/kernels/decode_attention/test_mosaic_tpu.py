@@ -34,7 +34,7 @@ def simulated(monkeypatch):
 @pytest.mark.parametrize("features", [("grouped_heads", "window"), ("paged", "few_queries")])
 def test_no_race_and_nothing_read_unwritten(calls, simulated, monkeypatch, features):
     monkeypatch.setattr(mosaic_tpu, "_LOGITS", 1)
-    sizes = calls.Sizes(S=40, H=128, Hv=128, window=9, page_size=8, lengths=(40, 0))
+    sizes = calls.Sizes(S=40, H=128, Hv=128, window=9, page_size=8, lengths=(23, 0, 40))
     call, want = calls.wanted(features, sizes)
     out, lse = calls.compiled(run, calls.cast(call, jnp.float32))
     np.testing.assert_allclose(out, want[0], rtol=3e-5, atol=3e-5)
@@ -47,7 +47,7 @@ def test_no_race_and_nothing_read_unwritten(calls, simulated, monkeypatch, featu
 def blocks_fetched(plan, scalars, runs, steps):
     """Blocks of the cache that the pipeline copies in: those named anew, step after step."""
     named = [
-        tuple(int(x) for x in mosaic_tpu._cache_index(plan, 0, run, step, *scalars))
+        tuple(int(x) for x in mosaic_tpu._cache_index(plan, run, step, *scalars))
         for run in range(runs)
         for step in range(steps)
     ]
@@ -55,7 +55,7 @@ def blocks_fetched(plan, scalars, runs, steps):
 
 
 def test_only_blocks_that_some_query_sees_are_fetched():
-    plan = mosaic_tpu._Plan(1, 1, 1, 80, 16, 1, 1, False, ("first", "end", "lengths", "starts"))
+    plan = mosaic_tpu._Plan(1, 1, 1, 80, 16, None, 1, False, ("first", "end", "lengths", "starts"))
     first, end = np.array([0, 3, 0, 2]), np.array([2, 5, 0, 3])
     fetched = blocks_fetched(plan, (first, end, None, None), runs=4, steps=3)
     # The third row has nothing to read, and names a block all the same.
