@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jaxformer_kernels import Dropout, Mask, attention, compiling_for
 from jaxformer_kernels.attention.mosaic_gpu_sm90_blocks import (
@@ -196,6 +197,31 @@ def test_vmap_is_a_loop_over_the_axis():
         want = jax.jit(run)(q[:, 0], k[:, 0], v[:, 0])
         jax.block_until_ready((got, want))
     np.testing.assert_array_equal(got[:, 0], want)
+
+
+@in_interpreter
+def test_gradients_of_replicated_operands_come_out_of_shard_map():
+    """On one device: the interpreter cannot tell two devices' barriers apart."""
+    operands, options = make_call(1, 70, 70, 2, 1, 64, sinks=True, causal=True)
+    operands = cast(operands, jnp.bfloat16)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {name: P() if name == "sinks" else P("data") for name in operands}
+
+    def gradients(run):
+        def loss(operands):
+            return jnp.sum(run(operands).astype(jnp.float32) * jnp.cos(jnp.arange(64)))
+
+        return jax.jit(jax.grad(loss))(operands)
+
+    def run(operands):
+        return hopper(**operands, **options)
+
+    with racing_gpu():
+        want = gradients(run)
+        sharded = jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=P("data"))
+        got = jax.block_until_ready(gradients(sharded))
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
 
 def lowered(T, S, H, **options):
