@@ -306,7 +306,9 @@ def call(
 def _vmem_limit(plan, arrays, blocks, scratch):
     """Bytes of vector memory to allow: blocks twice, scratch, and a few tiles' values."""
     tile = plan.tiles.chunk * plan.tiles.rows * 4
-    bytes_ = _SLACK + _LIVE_TILES * tile + sum(_padded_bytes(shape, 4) for shape in scratch.values())
+    bytes_ = (
+        _SLACK + _LIVE_TILES * tile + sum(_padded_bytes(shape, 4) for shape in scratch.values())
+    )
     for name, spec in blocks.items():
         block = [size for size in spec.block_shape if size is not None]
         bytes_ += 2 * _padded_bytes(block, arrays[name].dtype.itemsize)

@@ -26,9 +26,10 @@ REGIMES = {
         "mosaic_tpu",
         {
             (mosaic_tpu_tiles, "LANES"): 2,
-            (mosaic_tpu_tiles, "ROWS"): 4,
-            (mosaic_tpu_tiles, "COLUMNS"): 4,
-            (mosaic_tpu_tiles, "CHUNK"): 2,
+            # Of float32 half as many.
+            (mosaic_tpu_tiles, "ROWS"): 8,
+            (mosaic_tpu_tiles, "COLUMNS"): 8,
+            (mosaic_tpu_tiles, "CHUNK"): 4,
             (mosaic_tpu_tiles, "SHARED_ROWS"): 8,
         },
     ),
