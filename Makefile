@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format types aot-tpu aot-h100 test-mosaic-gpu lock clean .venv
+.PHONY: help train test lint format types aot-tpu aot-h100 kernel-table test-mosaic-gpu lock clean .venv
 
 help: ## list what make can do
 	@grep -hE '^[a-z0-9.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -68,6 +68,11 @@ aot-h100: ## compile every kernel to sm_90a machine code, without a GPU (ARGS=--
 test-mosaic-gpu: ## run the Mosaic GPU kernels in their interpreter
 	@$(call make_env,.venv-aot-h100,requirements-aot-h100.lock)
 	@NPROC=16 .venv-aot-h100/bin/python -m pytest -q -n logical --maxprocesses 8 -m mosaic_gpu tests/kernels $(ARGS)
+
+kernel-table: ## measure errors and write the table of kernels/README.md, after both aot targets
+	@$(call make_env,.venv-aot-h100,requirements-aot-h100.lock)
+	@NPROC=16 JAX_PLATFORMS=cpu PYTHONPATH=.:kernels .venv-aot-h100/bin/python -m benchmarks.accuracy
+	@PYTHONPATH=.:kernels .venv-aot-h100/bin/python -m benchmarks.aot.table
 
 # The lock holds names, versions, hashes and markers for every supported Python and
 # platform at once; it names no address, so it installs from whatever index pip is given.
