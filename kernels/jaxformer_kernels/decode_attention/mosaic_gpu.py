@@ -125,7 +125,10 @@ def _limits(call):
         yield f"{call.rows} queries a key-value head (at most {_MOST_GROUPS * ROWS})"
     elif stages(call.H, call.Hv, groups) < 2:
         yield f"head dims of {call.H} and {call.Hv} with {call.rows} queries a key-value head"
-    if call.page_size is not None and call.page_size % TILE and call.page_size not in _SMALL_PAGES:
+    if call.page_size is None and (call.S % 8 or call.S < TILE):
+        # TMA takes the cache in groups of 8 positions; to pad it would copy it at every step.
+        yield f"a cache of {call.S} positions a row (a multiple of 8, at least {TILE})"
+    elif call.page_size and call.page_size % TILE and call.page_size not in _SMALL_PAGES:
         yield f"pages of {call.page_size} positions (8, 16, 32 or a multiple of {TILE})"
 
 

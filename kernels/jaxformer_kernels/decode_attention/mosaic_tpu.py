@@ -67,7 +67,9 @@ def mosaic_tpu(q, k, v, lengths, starts, page_table, sinks, options):
     # A single long row is divided between a chip's two cores, where it has two.
     parts = 2 if B == 1 and size < S else 1
     first, end = _shares(*span.blocks(lengths, starts, T, options.left, S, size), parts)
-    scalars = {"first": first, "end": end, "lengths": lengths}
+    # Not `pl.num_programs` in the kernel: under `jax.vmap` it is not that of the grid it names.
+    steps = jnp.maximum(jnp.max(end - first, keepdims=True), 1)
+    scalars = {"first": first, "end": end, "steps": steps, "lengths": lengths}
     scalars["starts"] = jnp.zeros_like(lengths) if starts is None else starts
     if page_table is not None:
         seen = span.blocks(lengths, starts, T, options.left, S, page_size)
@@ -133,7 +135,7 @@ def _call(plan, options, scalars, rows, k, v):
         scratch += [pltpu.VMEM((2, *block), k.dtype) for block in blocks]
         scratch += [pltpu.SemaphoreType.DMA((2, 2))]
     # As many steps as the row with most to do; a shorter row's last steps fetch nothing.
-    steps = jnp.maximum(jnp.max(scalars["end"] - scalars["first"]), 1)
+    steps = scalars["steps"][0]
     return pl.pallas_call(
         functools.partial(_kernel, plan, options),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -242,7 +244,7 @@ def _kernel(plan, options: Options, *refs):
         total[...] = total[...] * fade + jnp.sum(p, axis=1, keepdims=True)
         mixed[...] = mixed[...] * fade + _mixed(plan, p.astype(values.dtype), values)
 
-    @pl.when(step == pl.num_programs(1) - 1)
+    @pl.when(step == scalars["steps"][0] - 1)
     def _():
         seen = total[...] > 0
         safe = jnp.where(seen, total[...], 1.0)

@@ -136,11 +136,14 @@ def test_every_named_shape_lowers_for_hopper(name):
         ({"T": 70}, "140 queries a key-value head"),
         ({"T": 64, "H": 256, "Hv": 256}, "head dims of 256 and 256 with 128 queries"),
         ({"page_size": 24}, "pages of 24 positions"),
+        ({"S": 100}, "a cache of 100 positions"),
+        ({"S": 56}, "a cache of 56 positions"),
     ],
 )
 def test_what_it_cannot_do_is_refused_with_a_reason(change, message):
-    sizes = {"T": 1, "H": 128, "Hv": 128, "dtype": jnp.bfloat16, "page_size": None} | change
-    cache = (1, 96) if sizes["page_size"] is None else (4, sizes["page_size"])
+    sizes = {"T": 1, "S": 96, "H": 128, "Hv": 128, "dtype": jnp.bfloat16, "page_size": None}
+    sizes |= change
+    cache = (1, sizes["S"]) if sizes["page_size"] is None else (4, sizes["page_size"])
     call = {
         "q": abstract((1, sizes["T"], 4, sizes["H"]), sizes["dtype"]),
         "k": abstract((*cache, 2, sizes["H"]), sizes["dtype"]),
