@@ -144,10 +144,13 @@ def _compute(options, blocks, refs, place, first, stop, partial):
     pl.when(group == 0)(rendezvous)
 
     sees = top != -jnp.inf
+    shrink = 1.0
     if "sinks" in refs:
         sink = refs["sinks"][n] * LOG2E
-        total = total + jnp.exp2(sink - top)
-    inverse = jnp.where(sees, 1 / total, 0.0)
+        with_sink = jnp.maximum(top, sink)
+        shrink = jnp.exp2(top - with_sink)
+        total, top = total * shrink + jnp.exp2(sink - with_sink), with_sink
+    inverse = jnp.where(sees, shrink / total, 0.0)
     out_tile[...] = (acc * tiles.spread(inverse, acc.shape)).astype(out_tile.dtype)
     lse_tile[...] = jnp.where(sees, top + jnp.log2(total), -jnp.inf)
     plgpu.commit_smem()

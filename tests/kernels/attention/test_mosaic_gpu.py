@@ -142,6 +142,21 @@ def test_dropout_drops_what_the_reference_drops(grouped):
 
 
 @in_interpreter
+@pytest.mark.parametrize("sink", [-200.0, 200.0])
+def test_a_sink_far_from_every_logit_neither_overflows_nor_counts_twice(sink):
+    operands, options = make_call(1, 64, 64, 1, 1, 64)
+    operands = cast({**operands, "sinks": np.array([sink])}, jnp.bfloat16)
+    run = functools.partial(attention, implementation="reference")
+    want, want_lse = run(**cast(operands, jnp.float32), **options, return_lse=True)
+    with racing_gpu():
+        got, lse = jax.block_until_ready(
+            jax.jit(lambda operands: hopper(**operands, **options, return_lse=True))(operands)
+        )
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=0.02)
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-5)
+
+
+@in_interpreter
 def test_a_rerun_is_bitwise_equal():
     operands, options = make_call(1, 130, 70, 2, 1, 64, bias=(1, 1, 130, 70), sinks=True, rate=0.2)
     operands = cast(operands, jnp.bfloat16)
