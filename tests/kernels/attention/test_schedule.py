@@ -1,5 +1,7 @@
 """Blocks called empty hide everything, and blocks called full show everything."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxformer_kernels import Mask
-from jaxformer_kernels.attention.schedule import EMPTY, FULL, PARTIAL, classify
+from jaxformer_kernels.attention.schedule import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    classify,
+    intervals,
+    ranges,
+)
 
 B, N = 2, 2
 SIDE = st.one_of(st.none(), st.integers(0, 6))
@@ -112,3 +121,31 @@ def test_a_traced_mask_is_classified_alike(call):
 def test_a_position_of_a_batch_of_one_stands_for_any_batch(field):
     mask = Mask(causal=True, **{field: np.array([2])})
     assert classify(mask, 8, 8, 4, 4).shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize("by_query", [True, False])
+@given(call=calls())
+def test_an_interval_of_each_row_is_what_positions_show(by_query, call):
+    mask, T, S, *_ = call
+    mask = dataclasses.replace(mask, q_segment_ids=None, kv_segment_ids=None, array=None)
+    low, high = (np.asarray(x)[..., None] for x in intervals(mask, T, S, by_query))
+    place = np.arange(S if by_query else T)
+    want = np.asarray(mask.as_array(B, 1, T, S))[:, 0]
+    want = want if by_query else want.swapaxes(1, 2)
+    np.testing.assert_array_equal((low <= place) & (place < high) | np.zeros((B, 1, 1), bool), want)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_ranges_hold_every_block_to_visit_and_only_full_ones_are_whole(table):
+    code = np.array([table])
+    for row, (first, stop, whole_first, whole_stop) in zip(
+        table, np.asarray(ranges(code))[0], strict=True
+    ):
+        row = np.array(row)
+        assert not np.any(row[:first]) and not np.any(row[stop:])
+        assert np.all(row[whole_first:whole_stop] == FULL)
+        if np.any(row):
+            assert row[first] != EMPTY and row[stop - 1] != EMPTY
+        else:
+            assert first >= stop
+        assert (whole_first < whole_stop) == (FULL in row)
