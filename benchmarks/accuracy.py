@@ -9,7 +9,6 @@ from the same bfloat16 operands.
 
 import argparse
 import datetime
-import json
 import os
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import records
 from jaxformer_kernels import Mask, attention, interpreting
 from jaxformer_kernels.attention import api as attention_api
 from jaxformer_kernels.attention.shapes import SHAPES as ATTENTION
@@ -67,8 +67,7 @@ def main() -> None:
     }
     output = options.output or (None if options.only else RESULTS)
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=1) + "\n")
+        records.write(output, record, rows="errors")
 
 
 def errors(run: Run, implementation: str, operands: dict) -> dict[str, tuple[float, float]]:
@@ -88,7 +87,8 @@ def _floating(x):
 
 
 def _error(x, want):
-    return float(np.abs(np.asarray(x, np.float32) - np.asarray(want, np.float32)).max())
+    largest = np.abs(np.asarray(x, np.float32) - np.asarray(want, np.float32)).max()
+    return float(f"{largest:.3g}")
 
 
 def normal(seed, *shape):

@@ -14,6 +14,8 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks import records
+
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
@@ -129,8 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
             "jax": version("jax"),
             "cases": answers,
         }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
+        records.write(options.output, record, rows="cases")
         print(f"written to {options.output}")
     return 1 if count["failed"] else 0
 
