@@ -185,8 +185,7 @@ class Regime:
 
 REGIMES = {
     "reference": Regime("reference"),
-    "xla_one_block": Regime("xla"),
-    "xla_blocked": Regime("xla", {(xla, "_BLOCK"): 5}),
+    "xla": Regime("xla", {(xla, "_BLOCK"): 5}),
     # Of wide heads 16 positions a block, of narrow ones 128: three blocks, the last of them ragged.
     "mosaic_tpu": Regime(
         "mosaic_tpu",

@@ -113,6 +113,7 @@ def errors(got, want):
 SMALL = {shape.scaled(length=24, groups=2, head_dim=16): name for name, shape in SHAPES.items()}
 
 
+@pytest.mark.parametrize("regime", ["xla", "mosaic_tpu"], indirect=True)
 @pytest.mark.parametrize("name", SMALL.values())
 def test_bfloat16_errs_at_most_twice_as_much_as_plain_bfloat16(calls, regime, name):
     call, page_size = shape_call(name, regime.sizes.H)
@@ -132,9 +133,9 @@ def test_bfloat16_errs_at_most_twice_as_much_as_plain_bfloat16(calls, regime, na
 
 
 @hypothesis.given(data=st.data())
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=6)
 def test_drawn_shapes_and_lengths_are_right(calls, data):
-    """xla alone: each example compiles, and its block is the size that ships."""
+    """xla alone: each example compiles. Its block is the size that ships: one is enough, or not."""
     draw = data.draw
     K, groups, S = (draw(st.integers(1, high)) for high in (3, 3, 300))
     lengths = draw(st.lists(st.integers(0, S), min_size=1, max_size=4))
