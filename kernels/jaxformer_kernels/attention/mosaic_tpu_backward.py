@@ -35,7 +35,7 @@ def run(options, q, k, v, bias, mask, seed, lse, delta, out_gradient):
     part = _keys_at_once(q, v)
     if part >= S:
         return _run_part(options, q, k, v, bias, mask, seed, lse, delta, out_gradient, 0, q.dtype)
-    dq, dks, dvs = 0.0, [], []
+    dq, dks, dvs = jnp.zeros((), jnp.float32), [], []
     for first in range(0, S, part):
         keys = slice(first, min(first + part, S))
         part_bias = bias if bias is None or bias.shape[3] == 1 else bias[..., keys]

@@ -121,7 +121,7 @@ def steps(mask: Mask, T: int, S: int, tiles: Tiles) -> Steps:
     shown[~shown.any(axis=1), 0] = True
     row, column = np.nonzero(shown)
     count = len(row)
-    xp = np if isinstance(code, np.ndarray) else jnp
+    xp = _library(code)
     leads = np.diff(row, prepend=-1) != 0
     codes = code[:, row, column]
     hidden_row = (code == schedule.EMPTY).all(axis=2)[:, row]
@@ -151,6 +151,11 @@ def steps(mask: Mask, T: int, S: int, tiles: Tiles) -> Steps:
             sorted(set(zip(begin[partial].tolist(), end[partial].tolist(), strict=True)))
         ),
     )
+
+
+def _library(array) -> Any:
+    """numpy for its arrays, else jax.numpy."""
+    return np if isinstance(array, np.ndarray) else jnp
 
 
 def _spans(mask, T, S, tiles):
