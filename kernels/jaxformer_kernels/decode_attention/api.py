@@ -18,7 +18,8 @@ IMPLEMENTATIONS = {
     "reference": reference.IMPLEMENTATION,
 }
 
-ORDER = {"gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla"), "default": ("xla",)}
+# On GPUs `mosaic_gpu` runs where it is named: no GPU has timed it against `xla` yet.
+ORDER = {"tpu": ("mosaic_tpu", "xla"), "default": ("xla",)}
 
 
 def decode_attention(
