@@ -6,6 +6,7 @@ results/accuracy.json.
 
 import json
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,34 +42,59 @@ def main() -> None:
 
 
 def render(tpu: dict, h100: dict, accuracy: dict) -> str:
-    """The tables, in Markdown."""
+    """The tables, in Markdown, each to be folded out."""
     sizes = accuracy["lengths"]
     return "\n\n".join(
         [
-            f"Errors are the largest against float32, in brackets those of the plain bfloat16 "
-            f"computation of the same call: inputs from a standard normal distribution, calls "
-            f"scaled down to {sizes['positions']} positions, head dim {sizes['head_dim']} and "
-            f"{sizes['tokens']} tokens, kernels in their interpreter (jax {accuracy['jax']}, "
-            f"{accuracy['date']}). Everything else is what the compiler says of the call in full "
-            f"size, in bfloat16.",
-            f"**H100**, sm_90a machine code (jax {h100['jax']}, {h100['date']}; {counts(h100)}). "
-            f"Registers are those a thread starts with.",
-            table(
+            paragraph(
+                f"Errors are the largest against float32; in brackets those of the plain bfloat16 "
+                f"computation of the same call. They are measured on inputs from a standard normal "
+                f"distribution, in calls scaled down to {sizes['positions']} positions, head dim "
+                f"{sizes['head_dim']} and {sizes['tokens']} tokens, with the kernels in their "
+                f"interpreter (jax {accuracy['jax']}, {accuracy['date']}). Everything else is what "
+                f"the compiler says of the call in full size, in bfloat16."
+            ),
+            paragraph(
+                f"**H100**, sm_90a machine code: {counts(h100)} (jax {h100['jax']}, "
+                f"{h100['date']}). Registers are those a thread starts with."
+            ),
+            folded(
+                "H100: registers, spills and shared memory of every kernel and shape",
                 ("call", "kernel", "registers", "spills, B", "shared, KiB", "largest error"),
                 h100_rows(h100, accuracy),
             ),
-            f"**TPU** (jax {tpu['jax']}, {tpu['date']}; {counts(tpu)}). The length of the "
-            f"schedule is in instruction bundles, the body of a loop counted once; the VMEM is all "
-            f"of a kernel's scratch and windows with their buffers.",
-            table(
+            paragraph(
+                f"**TPU**: {counts(tpu)} (jax {tpu['jax']}, {tpu['date']}). The length of the "
+                f"schedule is in instruction bundles, the body of a loop counted once; VMEM is all "
+                f"of a kernel's scratch, and its windows with their buffers."
+            ),
+            folded(
+                "TPU: vector memory and static schedule length of every kernel and shape",
                 ("call", "kernel", "VMEM, MiB", "bundles v5e", "v5p", "v6e", "largest error"),
                 tpu_rows(tpu, accuracy),
             ),
-            "**Errors by implementation**, of the result that is worst against the plain "
-            "computation, forward and among the gradients.",
-            table(("call", "implementation", "forward", "gradients"), error_rows(accuracy)),
+            paragraph(
+                "**Errors by implementation**, of the result that is worst against the plain "
+                "computation, forward and among the gradients. `xla` runs in its short regime at "
+                "these lengths."
+            ),
+            folded(
+                "Largest errors against float32, beside those of plain bfloat16",
+                ("call", "implementation", "forward", "gradients"),
+                error_rows(accuracy),
+            ),
         ]
     )
+
+
+def paragraph(text: str) -> str:
+    """Text, in lines of a length to read."""
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def folded(title: str, head: tuple[str, ...], rows: Iterator[tuple]) -> str:
+    """A table that a click unfolds."""
+    return f"<details><summary>{title}</summary>\n\n{table(head, rows)}\n\n</details>"
 
 
 def counts(record: dict) -> str:

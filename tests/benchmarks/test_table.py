@@ -85,6 +85,7 @@ def test_a_row_has_the_kernel_s_figures_and_the_worst_of_its_own_errors(written)
 
 
 def test_what_did_not_compile_is_named(written):
+    written = " ".join(written.split())
     assert "refused: attention odd bfloat16 forward + backward (h100)" in written
     assert "1 programs compiled" not in written
     assert "2 programs compiled; failed: attention llama3_8b bfloat16" in written
