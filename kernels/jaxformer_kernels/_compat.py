@@ -1,5 +1,8 @@
 """The one place that knows jax versions (0.10.2, 0.11.2 and 0.12.0.1)."""
 
+import importlib
+from typing import Any
+
 import jax
 from jax import lax
 
@@ -64,8 +67,8 @@ def gpu_interpreter(parameters):
     """`dispatch.interpreter()` as `plgpu.kernel` takes it."""
     if parameters is not True:
         return parameters
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+    # To jax 0.10.2 and its type checker the name is unknown.
+    plgpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
     return plgpu.InterpretGPUParams()
 
 
@@ -76,5 +79,5 @@ def load_to_registers(ref, layout):
     """`plgpu.load` of a whole reference, by single elements where no better way is known."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    index = () if jax.__version_info__ >= (0, 11) else ((),)
-    return plgpu.load(ref, *index, layout=layout, optimized=False)
+    index: dict[str, Any] = {} if jax.__version_info__ >= (0, 11) else {"idx": ()}
+    return plgpu.load(ref, **index, layout=layout, optimized=False)
