@@ -6,13 +6,12 @@ want, and the custom derivative. Only sm_90 (Hopper) has kernels so far.
 
 import dataclasses
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxformer_kernels import _compat, dispatch
+from jaxformer_kernels import _compat, dispatch, hardware
 from jaxformer_kernels.attention import schedule
 from jaxformer_kernels.attention.blocks import delta as row_delta
 from jaxformer_kernels.attention.blocks import sum_to
@@ -23,28 +22,13 @@ _HEAD_DIM = 64
 _LENGTH = 8
 _LARGEST_HEAD_DIM = 256
 _LONGEST_TILE = 128
-_DTYPES = ("bfloat16", "float16")
 
 
 def _limits(call):
-    problems = []
-    if dispatch.interpreter() is None:
-        if dispatch.platform() not in ("gpu", "cuda"):
-            problems.append(
-                f"the {dispatch.platform()} platform (it runs on Hopper GPUs; elsewhere, slowly, "
-                "inside jaxformer_kernels.interpreting())"
-            )
-        elif not _compat.is_hopper():
-            problems.append("this GPU (sm_90, that is H100 and H200, only)")
-    elif not _compat.HAS_GPU_INTERPRETER:
-        problems.append("interpretation by this jax (0.11.2 or newer does)")
-    if importlib.util.find_spec("absl") is None:
-        problems.append("an installation without absl-py (pip install absl-py)")
-    if call.dtype.name not in _DTYPES:
-        problems.append(f"{call.dtype.name} (it takes {' and '.join(_DTYPES)})")
+    """What keeps `mosaic_gpu` from doing `call`."""
+    yield from hardware.hopper_lacks(call.dtype)
     if max(call.H, call.Hv) > _LARGEST_HEAD_DIM:
-        problems.append(f"head dim {max(call.H, call.Hv)} (at most {_LARGEST_HEAD_DIM})")
-    return problems
+        yield f"head dim {max(call.H, call.Hv)} (at most {_LARGEST_HEAD_DIM})"
 
 
 def mosaic_gpu(q, k, v, bias, sinks, mask, dropout, scale, softcap):
@@ -75,7 +59,7 @@ def mosaic_gpu(q, k, v, bias, sinks, mask, dropout, scale, softcap):
 
 
 IMPLEMENTATION = dispatch.Implementation(
-    run=mosaic_gpu, supports=FEATURES - {"float64"}, limits=_limits
+    run=mosaic_gpu, supports=FEATURES - {"float64"}, limits=lambda call: tuple(_limits(call))
 )
 
 

@@ -66,15 +66,7 @@ def _body(options, blocks, refs):
     b, n = lax.axis_index("b"), lax.axis_index("n")
     # Under a causal mask the last queries have the most keys: they start first.
     i = pl.cdiv(refs["q"].shape[1], GROUPS * ROWS) - 1 - lax.axis_index("i")
-    steps_of_keys = pl.cdiv(refs["k"].shape[1], blocks.columns)
-    first, stop, partial = tiles.visits(refs, "q", b, i, steps_of_keys)
-    head = lax.div(n, jnp.int32(refs["q"].shape[2] // refs["k"].shape[2]))
-
-    def fetch():
-        def place(step):
-            return b, pl.ds((first + step) * blocks.columns, blocks.columns), head
-
-        tiles.stream(refs, {"k": place, "v": place}, stop - first, blocks.stages)
+    first, stop, partial, fetch = tiles.along_keys(refs, blocks, b, n, i)
 
     def compute(group):
         _compute(options, blocks, refs, (b, n, i, group), first, stop, partial)

@@ -314,6 +314,25 @@ def visits(refs, prefix, b, i, columns):
     return first, stop, lambda j: (j < whole_first) | (j >= whole_stop)
 
 
+def along_keys(refs, blocks, b, n, i):
+    """How tile `i` of the queries of head `n` passes along the keys.
+
+    Returns:
+        first, stop, partial, as of `visits`; and `fetch`, which streams the tiles of k and v.
+    """
+    tiles_of_keys = pl.cdiv(refs["k"].shape[1], blocks.columns)
+    first, stop, partial = visits(refs, "q", b, i, tiles_of_keys)
+    head = lax.div(n, jnp.int32(refs["q"].shape[2] // refs["k"].shape[2]))
+
+    def fetch():
+        def place(step):
+            return b, pl.ds((first + step) * blocks.columns, blocks.columns), head
+
+        stream(refs, {"k": place, "v": place}, stop - first, blocks.stages)
+
+    return first, stop, partial, fetch
+
+
 def launch(options, body, operands, outputs, scratch, grid, groups):
     """Run a kernel of `groups` computing warpgroups and one that fetches.
 

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxformer_kernels import dispatch
+from jaxformer_kernels import dispatch, hardware
 from jaxformer_kernels.attention import (
     mosaic_tpu_backward,
     mosaic_tpu_bias,
@@ -58,13 +58,7 @@ _attend.defvjp(_forward, _backward)
 
 def _limits(call):
     """What keeps `mosaic_tpu` from doing `call`."""
-    if dispatch.interpreter() is None and dispatch.platform() != "tpu":
-        yield (
-            f"the {dispatch.platform()} platform "
-            "(on any machine: `with jaxformer_kernels.interpreting():`)"
-        )
-    if call.dtype not in (jnp.float32, jnp.bfloat16):
-        yield f"{call.dtype} (it has float32 and bfloat16)"
+    yield from hardware.tpu_lacks(call.dtype)
     if call.T == 0:
         yield "no queries (T = 0)"
     tiles = mosaic_tpu_tiles.choose(max(call.T, 1), call.S, call.N // call.K, call.dtype)

@@ -4,12 +4,11 @@ This module is what does not depend on the architecture: what a call must look l
 keys are divided between blocks of the grid, and the merge of what they find.
 """
 
-import importlib.util
 import math
 
 import jax.numpy as jnp
 
-from jaxformer_kernels import _compat, dispatch
+from jaxformer_kernels import _compat, dispatch, hardware
 from jaxformer_kernels.decode_attention import span
 from jaxformer_kernels.decode_attention.call import FEATURES
 
@@ -23,7 +22,6 @@ _PROCESSORS = 132
 _MOST_SPLITS = 64
 _LEAST_TILES = 4  # of a split
 _SMALL_PAGES = (8, 16, 32)
-_DTYPES = ("bfloat16", "float16")
 
 
 def mosaic_gpu(q, k, v, lengths, starts, page_table, sinks, options):
@@ -104,20 +102,7 @@ def stages(H, Hv, groups):
 
 def _limits(call):
     """What keeps `mosaic_gpu` from doing `call`."""
-    if dispatch.interpreter() is None:
-        if dispatch.platform() not in ("gpu", "cuda"):
-            yield (
-                f"the {dispatch.platform()} platform "
-                "(on any machine: `with jaxformer_kernels.interpreting():`)"
-            )
-        elif not _compat.is_hopper():
-            yield "this GPU (sm_90, that is H100 and H200, only)"
-    elif not _compat.HAS_GPU_INTERPRETER:
-        yield "interpretation by this jax (0.11.2 or newer does)"
-    if importlib.util.find_spec("absl") is None:
-        yield "an installation without absl-py (pip install absl-py)"
-    if call.dtype.name not in _DTYPES:
-        yield f"{call.dtype.name} (it has {' and '.join(_DTYPES)})"
+    yield from hardware.hopper_lacks(call.dtype)
     if call.H % 64 or call.Hv % 64:
         yield f"head dims of {call.H} and {call.Hv} (multiples of 64)"
     groups = -(-call.rows // ROWS)

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxformer_kernels import _compat, dispatch
+from jaxformer_kernels import _compat, dispatch, hardware
 from jaxformer_kernels.decode_attention import span
 from jaxformer_kernels.decode_attention.call import FEATURES, Options
 
@@ -296,13 +296,7 @@ def _product(a, b, contracted):
 
 def _limits(call):
     """What keeps `mosaic_tpu` from doing `call`."""
-    if dispatch.interpreter() is None and dispatch.platform() != "tpu":
-        yield (
-            f"the {dispatch.platform()} platform "
-            "(on any machine: `with jaxformer_kernels.interpreting():`)"
-        )
-    if call.dtype not in (jnp.float32, jnp.bfloat16):
-        yield f"{call.dtype} (it has float32 and bfloat16)"
+    yield from hardware.tpu_lacks(call.dtype)
     if call.N * call.T > _MOST_ROWS:
         yield f"{call.T} queries of {call.N} heads (at most {_MOST_ROWS} together)"
     narrow = call.H % _LANES != 0

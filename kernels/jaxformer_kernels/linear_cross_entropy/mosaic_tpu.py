@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxformer_kernels import _compat, dispatch
+from jaxformer_kernels import _compat, dispatch, hardware
 from jaxformer_kernels.linear_cross_entropy import xla
 from jaxformer_kernels.linear_cross_entropy.call import FEATURES
 
@@ -213,13 +213,7 @@ def _across_lanes(V, labels, top, total, of_label, summed, best):
 
 def _limits(call):
     """What keeps `mosaic_tpu` from doing `call`."""
-    if dispatch.interpreter() is None and dispatch.platform() != "tpu":
-        yield (
-            f"the {dispatch.platform()} platform "
-            "(on any machine: `with jaxformer_kernels.interpreting():`)"
-        )
-    if call.dtype not in (jnp.float32, jnp.bfloat16):
-        yield f"{call.dtype} (it has float32 and bfloat16)"
+    yield from hardware.tpu_lacks(call.dtype)
     if call.tokens == 0:
         yield "no tokens"
     elif _plan(call.tokens, call.D, call.V, call.dtype) is None:
