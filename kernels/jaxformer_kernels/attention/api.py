@@ -21,8 +21,8 @@ IMPLEMENTATIONS = {
 
 _EVERYTHING = Mask()
 
-# Fastest first: on a CPU as measured by benchmarks/, on a TPU as the compiler schedules it. On a GPU
-# the kernels enter once they are timed there; cuDNN's gradients are not the same in every rerun.
+# Fastest first: on a CPU as measured by benchmarks/, on a TPU as the compiler schedules it. GPU
+# kernels enter once they are timed there; cuDNN's gradients are not the same in every rerun.
 ORDER = {"default": ("xla",), "tpu": ("mosaic_tpu", "xla")}
 
 
