@@ -4,12 +4,61 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxformer_kernels import Mask
+from jaxformer_kernels import Dropout, Mask
 from jaxformer_kernels.attention.dropout import keep
+
+FEATURES = (
+    "causal",
+    "window",
+    "q_offset",
+    "q_offset_per_row",
+    "segments",
+    "kv_range",
+    "mask_array",
+    "bias",
+    "sinks",
+    "softcap",
+    "dropout",
+    "grouped_heads",
+)
+SMALL = (2, 9, 13, 4, 2, 8, 6)  # B, T, S, N, K, H, Hv
 
 
 def draw(seed, *shape):
     return np.random.RandomState(seed).standard_normal(shape)
+
+
+def make_call(features, sizes=SMALL):
+    """(differentiable operands, options) of a call with these features, operands in float64."""
+    B, T, S, N, K, H, Hv = sizes
+    keys = K if "grouped_heads" in features else N
+    operands = {"q": draw(0, B, T, N, H), "k": draw(1, B, S, keys, H), "v": draw(2, B, S, keys, Hv)}
+    if "bias" in features:
+        operands["bias"] = draw(3, 1, N, T, S)
+    if "sinks" in features:
+        operands["sinks"] = draw(4, N)
+    rng = np.random.RandomState(5)
+    fields = {"causal": "causal" in features}
+    if "window" in features:
+        fields["window"] = (S // 3, S // 4)
+    if "q_offset" in features:
+        fields["q_offset"] = T // 3
+    if "q_offset_per_row" in features:
+        fields["q_offset"] = jnp.array([-T // 4, T // 2][:B])
+    if "segments" in features:
+        fields["q_segment_ids"] = jnp.asarray(np.sort(rng.randint(0, 3, (B, T))))
+        fields["kv_segment_ids"] = jnp.asarray(np.sort(rng.randint(0, 4, (B, S))))
+    if "kv_range" in features:
+        fields["kv_start"] = jnp.array([S // 4, 0][:B])
+        fields["kv_end"] = jnp.array([S, 2 * S // 3][:B])
+    if "mask_array" in features:
+        fields["array"] = jnp.asarray(rng.rand(B, 1, T, S) < 0.7)
+    options = {"mask": Mask(**fields)}
+    if "softcap" in features:
+        options["softcap"] = 1.5
+    if "dropout" in features:
+        options["dropout"] = Dropout(0.3, jax.random.key(7))
+    return operands, options
 
 
 def outcome(run, operands, options):

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxformer_kernels import Dropout, Mask, attention, interpreting
-from tests.kernels.attention.calls import cast, compiled, draw, errors, plain
+from tests.kernels.attention.calls import FEATURES, cast, compiled, draw, errors, make_call, plain
 
 # Each example compiles an implementation and the reference.
 few = functools.partial(
@@ -107,52 +107,13 @@ def test_drawn_shapes_and_masks_are_right_on_hopper(call):
     check_hopper(*call)
 
 
-B, T, S, N, K, H = 1, 70, 90, 2, 1, 64
-FEATURES = (
-    "causal",
-    "window",
-    "q_offset",
-    "q_offset_per_row",
-    "segments",
-    "kv_range",
-    "mask_array",
-    "bias",
-    "sinks",
-    "softcap",
-    "dropout",
-)
 # Plackett and Burman's design: in its 12 rows every two features occur on and off in all four ways.
 ROW = (1, 1, 0, 1, 1, 1, 0, 0, 0, 1, 0)
-DESIGN = [(), *(tuple(np.compress(np.roll(ROW, i), FEATURES)) for i in range(11))]
+DESIGN = [(), *(tuple(np.compress(np.roll(ROW, i), FEATURES[:11])) for i in range(11))]
 
 
 @pytest.mark.slow
 @pytest.mark.mosaic_gpu
 @pytest.mark.parametrize("features", DESIGN, ids="+".join)
 def test_every_pair_of_features_is_right_on_hopper(features):
-    operands = {"q": draw(0, B, T, N, H), "k": draw(1, B, S, K, H), "v": draw(2, B, S, K, H)}
-    if "bias" in features:
-        operands["bias"] = draw(3, 1, N, T, S)
-    if "sinks" in features:
-        operands["sinks"] = draw(4, N)
-    rng = np.random.RandomState(5)
-    fields = {"causal": "causal" in features}
-    if "window" in features:
-        fields["window"] = (40, 20)
-    if "q_offset" in features:
-        fields["q_offset"] = 20
-    if "q_offset_per_row" in features:
-        fields["q_offset"] = jnp.array([-5])
-    if "segments" in features:
-        fields["q_segment_ids"] = jnp.asarray(np.sort(rng.randint(0, 3, (B, T))))
-        fields["kv_segment_ids"] = jnp.asarray(np.sort(rng.randint(0, 3, (B, S))))
-    if "kv_range" in features:
-        fields["kv_start"], fields["kv_end"] = jnp.array([7]), jnp.array([80])
-    if "mask_array" in features:
-        fields["array"] = jnp.asarray(rng.rand(B, 1, T, S) < 0.7)
-    options = {"mask": Mask(**fields)}
-    if "softcap" in features:
-        options["softcap"] = 1.5
-    if "dropout" in features:
-        options["dropout"] = Dropout(0.3, jax.random.key(7))
-    check_hopper(operands, options)
+    check_hopper(*make_call((*features, "grouped_heads"), sizes=(1, 70, 90, 2, 1, 64, 64)))

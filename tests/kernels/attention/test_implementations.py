@@ -9,65 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer_kernels import Dropout, Mask, attention
+from jaxformer_kernels import Mask, attention
 from jaxformer_kernels.attention.shapes import SHAPES
 from tests.kernels.attention.calls import (
+    FEATURES,
+    SMALL,
     cast,
     compiled,
-    draw,
     errors,
+    make_call,
     outcome,
     plain,
     shape_call,
 )
 
-B, T, S, N, K, H, HV = 2, 9, 13, 4, 2, 8, 6
-
-FEATURES = (
-    "causal",
-    "window",
-    "q_offset",
-    "q_offset_per_row",
-    "segments",
-    "kv_range",
-    "mask_array",
-    "bias",
-    "sinks",
-    "softcap",
-    "dropout",
-    "grouped_heads",
-)
-
-
-def make_call(features):
-    """(differentiable operands, options) of a call with these features, operands in float64."""
-    keys = K if "grouped_heads" in features else N
-    operands = {"q": draw(0, B, T, N, H), "k": draw(1, B, S, keys, H), "v": draw(2, B, S, keys, HV)}
-    if "bias" in features:
-        operands["bias"] = draw(3, 1, N, T, S)
-    if "sinks" in features:
-        operands["sinks"] = draw(4, N)
-    rng = np.random.RandomState(5)
-    fields = {"causal": "causal" in features}
-    if "window" in features:
-        fields["window"] = (4, 3)
-    if "q_offset" in features:
-        fields["q_offset"] = 3
-    if "q_offset_per_row" in features:
-        fields["q_offset"] = jnp.array([5, -2])
-    if "segments" in features:
-        fields["q_segment_ids"] = jnp.asarray(np.sort(rng.randint(0, 3, (B, T))))
-        fields["kv_segment_ids"] = jnp.asarray(np.sort(rng.randint(0, 4, (B, S))))
-    if "kv_range" in features:
-        fields["kv_start"], fields["kv_end"] = jnp.array([0, 3]), jnp.array([8, 13])
-    if "mask_array" in features:
-        fields["array"] = jnp.asarray(rng.rand(B, 1, T, S) < 0.7)
-    options = {"mask": Mask(**fields)}
-    if "softcap" in features:
-        options["softcap"] = 1.5
-    if "dropout" in features:
-        options["dropout"] = Dropout(0.3, jax.random.key(7))
-    return operands, options
+B, T, S, N, K, H, HV = SMALL
 
 
 @functools.cache
