@@ -103,7 +103,8 @@ def _backward(options, residuals, gradients):
     def with_mask(prefix, rows, columns):
         by_query = prefix == "q"
         extra = {}
-        if is_masked(mask):
+        # Keys that fill up a tile have logits 0, whose probability a low lse makes infinite.
+        if is_masked(mask) or (by_query and S % columns):
             extra = mask_operands(prefix, mask, T, S, rows, columns)
         if bias is not None and by_query:
             extra["bias"] = _pad_to(bias, rows, columns, T, S)

@@ -157,6 +157,21 @@ def test_a_sink_far_from_every_logit_neither_overflows_nor_counts_twice(sink):
 
 
 @in_interpreter
+def test_keys_that_fill_up_the_last_tile_weigh_nothing_where_all_logits_are_low():
+    """Their logits are 0: against a log-sum-exp of -300 that would be infinite in the gradient."""
+    operands, options = make_call(1, 70, 90, 1, 1, 64)
+    operands = cast({**operands, "bias": np.full((1, 1, 1, 90), -300.0)}, jnp.bfloat16)
+    reference = functools.partial(attention, implementation="reference")
+    want = compiled(reference, options)(cast(operands, jnp.float32))
+    with racing_gpu():
+        got = jax.block_until_ready(compiled(hopper, options)(operands))
+    for name in ("out", "dq", "dk", "dv"):
+        np.testing.assert_allclose(
+            np.asarray(got[name], np.float32), want[name], rtol=0.02, atol=0.02, err_msg=name
+        )
+
+
+@in_interpreter
 def test_a_rerun_is_bitwise_equal():
     operands, options = make_call(1, 130, 70, 2, 1, 64, bias=(1, 1, 130, 70), sinks=True, rate=0.2)
     operands = cast(operands, jnp.bfloat16)
