@@ -33,10 +33,10 @@ class DecoderLM(nnx.Module):
 
         Tokens attend to earlier tokens of their own segment. `key` turns dropout on.
         """
-        factors = self.logit_factors(inputs, segment_ids=segment_ids, positions=positions, key=key)
+        factors = self.predictions(inputs, segment_ids=segment_ids, positions=positions, key=key)
         return factors.logits()
 
-    def logit_factors(
+    def predictions(
         self,
         inputs: Int[Array, "B T"],
         *,

@@ -46,7 +46,7 @@ class EncoderDecoder(nnx.Module):
         A target token attends to source tokens whose segment id equals its own. `key` turns dropout
         on.
         """
-        factors = self.logit_factors(
+        factors = self.predictions(
             source,
             inputs,
             source_segment_ids=source_segment_ids,
@@ -55,7 +55,7 @@ class EncoderDecoder(nnx.Module):
         )
         return factors.logits()
 
-    def logit_factors(
+    def predictions(
         self,
         source: Int[Array, "B S"],
         inputs: Int[Array, "B T"],

@@ -31,7 +31,7 @@ def batch_loss(
     key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Summed objective of a batch, and the sums of `losses.cross_entropy`."""
-    factors = apply(params, **model_inputs(batch), key=key, method="logit_factors")
+    factors = apply(params, **model_inputs(batch), key=key, method="predictions")
     return cross_entropy(
         factors,
         batch["targets"],

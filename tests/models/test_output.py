@@ -36,7 +36,7 @@ def test_a_tied_table_gets_the_gradients_of_both_its_uses(make_model):
 
     def loss(looked_up, projected):
         params = {**model.params, "embedding": {"table": looked_up}}
-        factors = model.apply(params, inputs, method="logit_factors")
+        factors = model.apply(params, inputs, method="predictions")
         factors = dataclasses.replace(factors, w=projected)
         return cross_entropy(factors, targets, jnp.ones((1, 4)))[0]
 
@@ -58,7 +58,7 @@ def test_the_loss_is_that_of_the_logits(make_model, kind, tied):
     targets, weights = jnp.asarray(random.integers(4, 12, (2, 6))), jnp.ones((2, 6))
 
     def fused(params):
-        factors = model.apply(params, **inputs, method="logit_factors")
+        factors = model.apply(params, **inputs, method="predictions")
         return cross_entropy(factors, targets, weights)[0]
 
     def plain(params):

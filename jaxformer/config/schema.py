@@ -1,36 +1,18 @@
-"""The experiment: frozen dataclasses, one nested in the other, and how they are read and printed.
+"""The experiment as frozen dataclasses, one nested in the other."""
 
-A preset is a function that returns a `Config`; the command line overrides single fields
-(`--train.steps 500`); the resolved whole is saved as JSON in the run folder and can be given back.
-"""
-
-import dataclasses
-import difflib
-import json
-import math
-import types
-import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from jaxformer.errors import JaxformerError
-
-ConfigType = typing.TypeVar("ConfigType")
 TokenizerName = Literal["byte", "character", "word", "bpe"]
-
-
-class ConfigError(JaxformerError):
-    """A configuration that cannot work; the message names the field and the fix."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What is read, how it is split, tokenised, and cut into batches."""
 
-    kind: Literal["pronunciation", "text", "pairs"] = "pronunciation"
-    """pronunciation: CMUdict. text: documents. pairs: TSV files, source<TAB>target."""
+    kind: Literal["pronunciation", "text", "pairs", "digits"] = "pronunciation"
+    """pronunciation: CMUdict. text: documents. pairs: TSV files, source<TAB>target. digits: lines
+    of handwritten digits (scikit-learn's), images to strings."""
     files: tuple[str, ...] = ()
     """Files or globs to train on (text: empty means the running Python's standard library)."""
     dev_files: tuple[str, ...] = ()
@@ -68,11 +50,40 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class RecurrentConfig:
+    """What only a model with an LSTM has; its hidden size is model.width."""
+
+    context: Literal["final", "uniform", "additive", "dot", "general"] = "general"
+    """What the decoder sees of the source: the final state alone; the mean of all states, equal at
+    every step; or attention with the scores of Bahdanau (additive) or Luong (dot, general)."""
+    input_feeding: bool = True
+    """Each step is also given the attentional state of the step before; not for context=final."""
+    bidirectional: bool = True
+    """The encoder reads the source from both ends."""
+
+
+@dataclass(frozen=True)
+class CTCConfig:
+    """What only the kinds ctc and hybrid have."""
+
+    encoder: Literal["transformer", "lstm"] = "transformer"
+    """What reads the frames."""
+    upsample: int = 2
+    """Frames that each source token becomes: CTC needs no fewer frames than labels."""
+    channels: tuple[int, ...] = (32, 64)
+    """Images: output channels of each 3x3 convolution, all followed by BatchNorm and ReLU; each
+    halves the height, and the last the width too."""
+    weight: float = 0.3
+    """hybrid: lambda, the share of the CTC loss in the objective (Watanabe et al., 2017)."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The architecture. Axis letters as in the glossary of `jaxformer.nn`."""
 
-    kind: Literal["decoder", "encoder_decoder"] = "encoder_decoder"
-    """decoder: a language model. encoder_decoder: source to target."""
+    kind: Literal["decoder", "encoder_decoder", "recurrent", "ctc", "hybrid"] = "encoder_decoder"
+    """decoder: a language model. encoder_decoder, recurrent (LSTM): source to target. ctc: an
+    encoder read by CTC. hybrid: an encoder read by CTC and by a decoder."""
     layers: int = 4
     """Decoder layers (L)."""
     encoder_layers: int | None = None
@@ -139,6 +150,8 @@ class ModelConfig:
     """Dtype of activations and matrix operands; sums are kept in float32."""
     attention: str | None = None
     """Attention implementation (jaxformer_kernels); None: the fastest that can do the call."""
+    recurrent: RecurrentConfig = field(default_factory=RecurrentConfig)
+    ctc: CTCConfig = field(default_factory=CTCConfig)
 
 
 @dataclass(frozen=True)
@@ -170,6 +183,22 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class SamplingConfig:
+    """Scheduled sampling (Bengio et al., 2015): the decoder is fed its own samples."""
+
+    schedule: Literal["none", "constant", "linear", "exponential", "inverse_sigmoid"] = "none"
+    """How the share of sampled inputs grows: none is teacher forcing."""
+    scope: Literal["token", "sequence"] = "token"
+    """What the coin is tossed for: each input token, or each sequence as a whole."""
+    rate: float = 0.25
+    """Share of sampled inputs: always (constant), or approached at the end."""
+    warmup_steps: int = 0
+    """Steps of teacher forcing before it begins."""
+    decay: float = 5.0
+    """exponential, inverse_sigmoid: how sharply teacher forcing decays over the run."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The training loop."""
 
@@ -187,6 +216,7 @@ class TrainConfig:
     """Decay of an exponential moving average of the parameters, which is then what is evaluated."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
 @dataclass(frozen=True)
@@ -217,6 +247,8 @@ class DecodeConfig:
     """pairs: longest output in tokens, <eos> included; None: the longest the data allows."""
     min_length: int = 0
     """pairs: shortest output in tokens, <eos> not counted."""
+    ctc_weight: float | None = None
+    """hybrid: share of the CTC prefix score in the search; None: model.ctc.weight."""
     temperature: float = 1.0
     """text: softmax temperature of sampling; 0 is greedy."""
     top_k: int | None = None
@@ -267,192 +299,3 @@ class Config:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-
-def check(config: Config) -> Config:
-    """Refuses what cannot work, before anything is read or written.
-
-    Returns the same config. Raises ConfigError naming the field and the fix.
-    """
-    model, data, train = config.model, config.data, config.train
-    wanted = "decoder" if data.kind == "text" else "encoder_decoder"
-    _require(
-        model.kind == wanted,
-        f"data.kind={data.kind!r} trains model.kind={wanted!r}, not {model.kind!r}",
-    )
-    for name in ("layers", "width", "heads", "max_length"):
-        _require(getattr(model, name) > 0, f"model.{name} must be positive")
-    for name in ("kv_heads", "head_dim", "feedforward", "encoder_layers"):
-        value = getattr(model, name)
-        _require(value is None or value > 0, f"model.{name}={value} must be positive, or None")
-    kv_heads = model.kv_heads or model.heads
-    _require(
-        model.heads % kv_heads == 0,
-        f"model.heads={model.heads} must be a multiple of model.kv_heads={kv_heads}",
-    )
-    _require(
-        model.head_dim is not None or model.width % model.heads == 0,
-        f"model.width={model.width} must be a multiple of model.heads={model.heads}, "
-        "or give model.head_dim",
-    )
-    head_dim = model.head_dim or model.width // model.heads
-    _require(
-        model.position != "rotary" or head_dim % 2 == 0,
-        f"rotary positions need an even head size, not {head_dim}: change model.head_dim",
-    )
-    _require(
-        model.window is None or model.window > 0,
-        f"model.window={model.window} must be positive, or None for no window",
-    )
-    _require(
-        not model.shared_embeddings or data.shared_vocabulary,
-        "model.shared_embeddings needs data.shared_vocabulary=True",
-    )
-    longest = (
-        data.length if data.kind == "text" else max(data.max_source_length, data.max_target_length)
-    )
-    longest_name = "data.length" if data.kind == "text" else "data.max_source/target_length"
-    _require(
-        longest <= model.max_length,
-        f"{longest_name}={longest} is more than model.max_length={model.max_length}: "
-        "shorten the data or raise model.max_length",
-    )
-    for name in ("dropout", "attention_dropout"):
-        rate = getattr(model, name)
-        _require(0 <= rate < 1, f"model.{name}={rate} must be at least 0 and below 1")
-    for name in ("batch_size", "accumulation", "log_every"):
-        _require(getattr(train, name) > 0, f"train.{name} must be positive")
-    _require(train.steps >= 0, "train.steps must not be negative")
-    _require(
-        0 <= train.label_smoothing < 1,
-        f"train.label_smoothing={train.label_smoothing} must be at least 0 and below 1",
-    )
-    _require(
-        train.ema is None or 0 < train.ema < 1,
-        f"train.ema={train.ema} must lie between 0 and 1, or be None",
-    )
-    _require(
-        data.dev_fraction >= 0
-        and data.test_fraction >= 0
-        and data.dev_fraction + data.test_fraction < 1,
-        "data.dev_fraction and data.test_fraction must be non-negative and leave something to "
-        "train on",
-    )
-    _require(
-        data.kind != "pairs" or bool(data.files),
-        "data.kind='pairs' needs data.files, for example --data.files pairs.tsv",
-    )
-    _require(data.buckets > 0, "data.buckets must be positive")
-    _require(data.split == "hash" or data.kind == "text", "data.split='tail' is for text only")
-    check_decode(config)
-    _require(config.optimizer.learning_rate > 0, "optimizer.learning_rate must be positive")
-    _require(config.optimizer.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
-    _require(
-        config.optimizer.clip_norm is None or config.optimizer.clip_norm > 0,
-        "optimizer.clip_norm must be positive, or None for no clipping",
-    )
-    _require(config.eval.batch_size > 0, "eval.batch_size must be positive")
-    _require(config.checkpoint.keep > 0, "checkpoint.keep must be positive")
-    return config
-
-
-def check_decode(config: Config) -> Config:
-    """Refuses decoding options that cannot work. Raises ConfigError; returns the same config."""
-    decode = config.decode
-    _require(decode.beam > 0, "decode.beam must be positive")
-    _require(
-        math.isfinite(decode.length_penalty),
-        f"decode.length_penalty={decode.length_penalty} must be a finite number",
-    )
-    _require(
-        decode.max_length is None or 0 < decode.max_length <= config.model.max_length,
-        f"decode.max_length={decode.max_length} must lie between 1 and "
-        f"model.max_length={config.model.max_length}",
-    )
-    _require(decode.min_length >= 0, f"decode.min_length={decode.min_length} must not be negative")
-    _require(
-        math.isfinite(decode.temperature) and decode.temperature >= 0,
-        f"decode.temperature={decode.temperature} must not be negative; 0 is greedy",
-    )
-    _require(
-        decode.top_k is None or decode.top_k > 0,
-        f"decode.top_k={decode.top_k} must be positive, or None for no limit",
-    )
-    for name in ("top_p", "min_p"):
-        share = getattr(decode, name)
-        _require(
-            share is None or (0 <= share <= 1 and not (name == "top_p" and share == 0)),
-            f"decode.{name}={share} must be a share of 1",
-        )
-    return config
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as nested plain values (what `config.json` holds)."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(cls: type[ConfigType], values: Any) -> ConfigType:
-    """The inverse of `to_dict`. Raises ConfigError on an unknown field, naming the nearest."""
-    hints = typing.get_type_hints(cls)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{values!r} is no {cls.__name__}: options by name are needed")
-    arguments = {}
-    for name, value in values.items():
-        if name not in hints:
-            raise ConfigError(f"unknown option {name!r} of {cls.__name__}{_nearest(name, hints)}")
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            arguments[name] = from_dict(hint, value)
-        elif isinstance(value, list):
-            arguments[name] = tuple(value)
-        else:
-            arguments[name] = value
-        _check_type(f"{cls.__name__}.{name}", arguments[name], hint)
-    return cls(**arguments)
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        fits = value in options
-    elif origin in (typing.Union, types.UnionType):
-        fits = any(option is not float and isinstance(value, option) for option in options) or (
-            float in options and isinstance(value, int | float)
-        )
-    elif origin is tuple:
-        fits = isinstance(value, tuple)
-    elif hint is float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-    elif hint is int:
-        fits = isinstance(value, int) and not isinstance(value, bool)
-    else:
-        fits = isinstance(value, hint)
-    if not fits:
-        raise ConfigError(f"{name}={value!r} does not fit {hint}")
-
-
-def save(config: Config, path: Path) -> None:
-    """Writes the configuration as JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-
-
-def load(path: Path) -> Config:
-    """Reads what `save` wrote. Raises ConfigError on a missing file, bad JSON or unknown field."""
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: is this a run folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    return from_dict(Config, values)

@@ -1,0 +1,138 @@
+"""What a configuration must keep to, checked before anything is read or written."""
+
+import math
+
+from jaxformer.config.files import ConfigError
+from jaxformer.config.schema import Config
+
+MODELS_OF = {
+    "text": ("decoder",),
+    "pairs": ("encoder_decoder", "recurrent", "ctc", "hybrid"),
+    "pronunciation": ("encoder_decoder", "recurrent", "ctc", "hybrid"),
+    "digits": ("ctc", "hybrid"),
+}
+"""The kinds of model that can learn each kind of data."""
+
+
+def check(config: Config) -> Config:
+    """Refuses what cannot work, before anything is read or written.
+
+    Returns the same config. Raises ConfigError naming the field and the fix.
+    """
+    model, data, train = config.model, config.data, config.train
+    fitting = MODELS_OF[data.kind]
+    _require(
+        model.kind in fitting,
+        f"data.kind={data.kind!r} trains model.kind={' or '.join(map(repr, fitting))}, "
+        f"not {model.kind!r}",
+    )
+    for name in ("layers", "width", "heads", "max_length"):
+        _require(getattr(model, name) > 0, f"model.{name} must be positive")
+    for name in ("kv_heads", "head_dim", "feedforward", "encoder_layers"):
+        value = getattr(model, name)
+        _require(value is None or value > 0, f"model.{name}={value} must be positive, or None")
+    kv_heads = model.kv_heads or model.heads
+    _require(
+        model.heads % kv_heads == 0,
+        f"model.heads={model.heads} must be a multiple of model.kv_heads={kv_heads}",
+    )
+    _require(
+        model.head_dim is not None or model.width % model.heads == 0,
+        f"model.width={model.width} must be a multiple of model.heads={model.heads}, "
+        "or give model.head_dim",
+    )
+    head_dim = model.head_dim or model.width // model.heads
+    _require(
+        model.position != "rotary" or head_dim % 2 == 0,
+        f"rotary positions need an even head size, not {head_dim}: change model.head_dim",
+    )
+    _require(
+        model.window is None or model.window > 0,
+        f"model.window={model.window} must be positive, or None for no window",
+    )
+    _require(
+        not model.shared_embeddings or data.shared_vocabulary,
+        "model.shared_embeddings needs data.shared_vocabulary=True",
+    )
+    longest = (
+        data.length if data.kind == "text" else max(data.max_source_length, data.max_target_length)
+    )
+    longest_name = "data.length" if data.kind == "text" else "data.max_source/target_length"
+    _require(
+        longest <= model.max_length,
+        f"{longest_name}={longest} is more than model.max_length={model.max_length}: "
+        "shorten the data or raise model.max_length",
+    )
+    for name in ("dropout", "attention_dropout"):
+        rate = getattr(model, name)
+        _require(0 <= rate < 1, f"model.{name}={rate} must be at least 0 and below 1")
+    for name in ("batch_size", "accumulation", "log_every"):
+        _require(getattr(train, name) > 0, f"train.{name} must be positive")
+    _require(train.steps >= 0, "train.steps must not be negative")
+    _require(
+        0 <= train.label_smoothing < 1,
+        f"train.label_smoothing={train.label_smoothing} must be at least 0 and below 1",
+    )
+    _require(
+        train.ema is None or 0 < train.ema < 1,
+        f"train.ema={train.ema} must lie between 0 and 1, or be None",
+    )
+    _require(
+        data.dev_fraction >= 0
+        and data.test_fraction >= 0
+        and data.dev_fraction + data.test_fraction < 1,
+        "data.dev_fraction and data.test_fraction must be non-negative and leave something to "
+        "train on",
+    )
+    _require(
+        data.kind != "pairs" or bool(data.files),
+        "data.kind='pairs' needs data.files, for example --data.files pairs.tsv",
+    )
+    _require(data.buckets > 0, "data.buckets must be positive")
+    _require(data.split == "hash" or data.kind == "text", "data.split='tail' is for text only")
+    check_decode(config)
+    _require(config.optimizer.learning_rate > 0, "optimizer.learning_rate must be positive")
+    _require(config.optimizer.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
+    _require(
+        config.optimizer.clip_norm is None or config.optimizer.clip_norm > 0,
+        "optimizer.clip_norm must be positive, or None for no clipping",
+    )
+    _require(config.eval.batch_size > 0, "eval.batch_size must be positive")
+    _require(config.checkpoint.keep > 0, "checkpoint.keep must be positive")
+    return config
+
+
+def check_decode(config: Config) -> Config:
+    """Refuses decoding options that cannot work. Raises ConfigError; returns the same config."""
+    decode = config.decode
+    _require(decode.beam > 0, "decode.beam must be positive")
+    _require(
+        math.isfinite(decode.length_penalty),
+        f"decode.length_penalty={decode.length_penalty} must be a finite number",
+    )
+    _require(
+        decode.max_length is None or 0 < decode.max_length <= config.model.max_length,
+        f"decode.max_length={decode.max_length} must lie between 1 and "
+        f"model.max_length={config.model.max_length}",
+    )
+    _require(decode.min_length >= 0, f"decode.min_length={decode.min_length} must not be negative")
+    _require(
+        math.isfinite(decode.temperature) and decode.temperature >= 0,
+        f"decode.temperature={decode.temperature} must not be negative; 0 is greedy",
+    )
+    _require(
+        decode.top_k is None or decode.top_k > 0,
+        f"decode.top_k={decode.top_k} must be positive, or None for no limit",
+    )
+    for name in ("top_p", "min_p"):
+        share = getattr(decode, name)
+        _require(
+            share is None or (0 <= share <= 1 and not (name == "top_p" and share == 0)),
+            f"decode.{name}={share} must be a share of 1",
+        )
+    return config
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
