@@ -1,4 +1,4 @@
-"""From final hidden states to logits, multiplied out or not."""
+"""What models predict: logits, multiplied out or not, and the frames that CTC reads."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxformer.config import ModelConfig
 from jaxformer.nn import Embedding
@@ -66,3 +66,25 @@ class Output(nnx.Module):
             softcap=config.output_softcap,
             compute_dtype=config.compute_dtype,
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CTCFrames:
+    """What CTC reads: scores of every label, and of the blank (id 0), for each frame."""
+
+    logits: Float[Array, "B F V"]
+    """float32; F counts frames."""
+    lengths: Int[Array, " B"]
+    """Frames of each row that are real; they stand first."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HybridPredictions:
+    """The two readings of one encoder: by CTC and by a decoder."""
+
+    frames: CTCFrames
+    factors: LogitFactors
+    weight: float = dataclasses.field(metadata={"static": True})
+    """lambda: the share of CTC in the objective."""
