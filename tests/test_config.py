@@ -8,7 +8,15 @@ import pytest
 from jaxformer import config as configuration
 from jaxformer import presets
 from jaxformer.arguments import parse
-from jaxformer.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+from jaxformer.config import (
+    Config,
+    ConfigError,
+    CTCConfig,
+    DataConfig,
+    ModelConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from jaxformer.errors import JaxformerError
 
 
@@ -115,7 +123,7 @@ def test_option_before_the_preset_is_refused():
 @pytest.mark.parametrize(
     ("group", "options", "message"),
     [
-        ("model", dict(kind="decoder"), "trains model.kind='encoder_decoder'"),
+        ("model", dict(kind="decoder"), "trains model.kind='encoder_decoder' or "),
         ("model", dict(layers=0), "model.layers must be positive"),
         ("model", dict(heads=4, kv_heads=3), "multiple of model.kv_heads=3"),
         ("model", dict(kv_heads=0), "model.kv_heads"),
@@ -136,6 +144,14 @@ def test_option_before_the_preset_is_refused():
         ("data", dict(kind="pairs"), "--data.files pairs.tsv"),
         ("data", dict(buckets=0), "data.buckets must be positive"),
         ("data", dict(split="tail"), "for text only"),
+        ("model", dict(ctc=CTCConfig(upsample=0)), "model.ctc.upsample=0"),
+        ("model", dict(ctc=CTCConfig(channels=())), "model.ctc.channels=()"),
+        ("model", dict(ctc=CTCConfig(weight=1.5)), "model.ctc.weight=1.5"),
+        ("model", dict(kind="ctc", max_length=100), "is 128 frames, more than model.max_length"),
+        ("train", dict(sampling=SamplingConfig("linear")), "needs model.kind='recurrent'"),
+        ("train", dict(sampling=SamplingConfig(rate=2.0)), "train.sampling.rate=2.0"),
+        ("train", dict(sampling=SamplingConfig(decay=0.0)), "train.sampling.decay=0.0"),
+        ("decode", dict(ctc_weight=0.5), "is for model.kind='hybrid' alone"),
         ("decode", dict(beam=0), "decode.beam must be positive"),
         ("eval", dict(batch_size=0), "eval.batch_size must be positive"),
         ("checkpoint", dict(keep=0), "checkpoint.keep must be positive"),
@@ -148,6 +164,13 @@ def test_what_cannot_work_is_refused_with_field_and_fix(group, options, message)
         configuration.check(changed(group, **options))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["label_smoothing", "z_loss"])
+def test_options_of_a_softmax_are_refused_with_ctc(option):
+    config = Config(model=ModelConfig(kind="ctc"), train=TrainConfig(**{option: 0.1}))
+    with pytest.raises(ConfigError, match=f"train.{option} is of a softmax"):
+        configuration.check(config)
 
 
 def test_text_longer_than_the_model_is_refused():

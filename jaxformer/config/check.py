@@ -63,6 +63,8 @@ def check(config: Config) -> Config:
         f"{longest_name}={longest} is more than model.max_length={model.max_length}: "
         "shorten the data or raise model.max_length",
     )
+    _check_ctc(config)
+    _check_sampling(config)
     for name in ("dropout", "attention_dropout"):
         rate = getattr(model, name)
         _require(0 <= rate < 1, f"model.{name}={rate} must be at least 0 and below 1")
@@ -102,6 +104,44 @@ def check(config: Config) -> Config:
     return config
 
 
+def _check_ctc(config: Config) -> None:
+    model, data, train, ctc = config.model, config.data, config.train, config.model.ctc
+    _require(ctc.upsample > 0, f"model.ctc.upsample={ctc.upsample} must be positive")
+    _require(
+        bool(ctc.channels) and min(ctc.channels) > 0,
+        f"model.ctc.channels={ctc.channels} must be positive numbers, at least one",
+    )
+    _require(0 <= ctc.weight <= 1, f"model.ctc.weight={ctc.weight} must be a share of 1")
+    if model.kind == "ctc":
+        for name in ("label_smoothing", "z_loss"):
+            _require(
+                getattr(train, name) == 0,
+                f"train.{name} is of a softmax over the next token, and CTC has none: set it to 0",
+            )
+    if model.kind in ("ctc", "hybrid") and ctc.encoder == "transformer" and data.kind != "digits":
+        frames = data.max_source_length * ctc.upsample
+        _require(
+            frames <= model.max_length,
+            f"data.max_source_length={data.max_source_length} times model.ctc.upsample="
+            f"{ctc.upsample} is {frames} frames, more than model.max_length={model.max_length}",
+        )
+
+
+def _check_sampling(config: Config) -> None:
+    sampling = config.train.sampling
+    _require(
+        sampling.schedule == "none" or config.model.kind == "recurrent",
+        f"train.sampling.schedule={sampling.schedule!r} needs model.kind='recurrent', whose "
+        f"decoder takes one step at a time; {config.model.kind!r} is trained by teacher forcing",
+    )
+    _require(0 <= sampling.rate <= 1, f"train.sampling.rate={sampling.rate} must be a share of 1")
+    _require(sampling.decay > 0, f"train.sampling.decay={sampling.decay} must be positive")
+    _require(
+        sampling.warmup_steps >= 0,
+        f"train.sampling.warmup_steps={sampling.warmup_steps} must not be negative",
+    )
+
+
 def check_decode(config: Config) -> Config:
     """Refuses decoding options that cannot work. Raises ConfigError; returns the same config."""
     decode = config.decode
@@ -114,6 +154,14 @@ def check_decode(config: Config) -> Config:
         decode.max_length is None or 0 < decode.max_length <= config.model.max_length,
         f"decode.max_length={decode.max_length} must lie between 1 and "
         f"model.max_length={config.model.max_length}",
+    )
+    _require(
+        decode.ctc_weight is None or config.model.kind == "hybrid",
+        f"decode.ctc_weight={decode.ctc_weight} is for model.kind='hybrid' alone; leave it out",
+    )
+    _require(
+        decode.ctc_weight is None or 0 <= decode.ctc_weight <= 1,
+        f"decode.ctc_weight={decode.ctc_weight} must be a share of 1",
     )
     _require(decode.min_length >= 0, f"decode.min_length={decode.min_length} must not be negative")
     _require(

@@ -20,7 +20,8 @@ class DataConfig:
     test_files: tuple[str, ...] = ()
     """Files for the test split; empty: split `files` as `split` says."""
     split: Literal["hash", "tail"] = "hash"
-    """hash: whole documents or sources by a stable hash. tail: the last characters of each text."""
+    """hash: whole documents or sources by a stable hash (digits: images, drawn by class).
+    tail: the last characters of each text (digits: the last images, which others wrote)."""
     dev_fraction: float = 0.05
     """Share of the data held out as dev when no dev files are given."""
     test_fraction: float = 0.05
@@ -38,13 +39,19 @@ class DataConfig:
     length: int = 256
     """text: tokens a packed row (T)."""
     max_source_length: int = 64
-    """pairs: longest source in tokens (S), <eos> included."""
+    """pairs: longest source in tokens (S), <eos> included; digits: widest line in pixels."""
     max_target_length: int = 64
     """pairs: longest target in tokens (T), <eos> included."""
     buckets: int = 4
     """pairs: number of length buckets, so of batch shapes that are compiled."""
     on_bad: Literal["error", "skip"] = "error"
     """Unusable lines or files: stop with an error, or leave them out, counted and reported."""
+    lines: int = 20_000
+    """digits: lines that are strung, of all splits together, each split its share."""
+    digits_per_line: tuple[int, int] = (3, 10)
+    """digits: fewest and most digits of a line."""
+    seed: int = 0
+    """digits: decides which images are held out and how all lines are strung."""
     workers: int = 0
     """Processes that prepare batches; 0 uses threads of this process."""
 
