@@ -1,8 +1,9 @@
-"""Writes tests/fixtures/torch_transformer_*.npz: what PyTorch makes of a small encoder-decoder.
+"""Writes tests/fixtures/torch_*.npz: what PyTorch makes of small models and modules, in float64.
 
 Needs torch (2.13.0 was used) and numpy, and nothing of this project. The parameters are torch's
-own, renamed and reshaped to the names here; logits, the loss (label smoothing 0.1) and its
-gradients are computed by torch in float64.
+own, renamed and reshaped to the names here. torch_transformer_*: logits, loss (label smoothing 0.1)
+and gradients of an encoder-decoder. torch_norms: outputs, gradients and running statistics of
+BatchNorm and GroupNorm, whose padded examples torch is given without their padding.
 
     pip install torch==2.13.0 && python tests/make_golden.py
 """
@@ -145,8 +146,69 @@ def make(placement: str) -> dict[str, np.ndarray]:
     }
 
 
+def make_norms() -> dict[str, np.ndarray]:
+    """Three batches [B, T, D] through BatchNorm one after the other, then GroupNorm."""
+    random = np.random.default_rng(1)
+    batches, rows, places, channels = 3, 4, 6, 8
+    x = 5 + random.normal(size=(batches, rows, places, channels)) * np.arange(1, channels + 1)
+    x, cotangent = x.astype(np.float32), random.normal(size=x.shape).astype(np.float32)
+    real = np.arange(places) < random.integers(1, places + 1, (batches, rows, 1))
+    arrays = {"x": x, "cotangent": cotangent, "real": real.astype(np.float32)}
+    norms = {
+        "batch": nn.BatchNorm1d(channels, dtype=torch.float64),
+        "group": nn.GroupNorm(2, channels, dtype=torch.float64),
+    }
+    for name, norm in norms.items():
+        with torch.no_grad():
+            norm.weight.copy_(torch.tensor(random.normal(size=channels)))
+            norm.bias.copy_(torch.tensor(random.normal(size=channels)))
+        arrays |= {f"{name}.scale": norm.weight, f"{name}.bias": norm.bias}
+
+    def run(name: str, masked: bool, batch: int) -> dict[str, torch.Tensor]:
+        """Output and gradients of one batch, zeros at its padding."""
+        norm = norms[name]
+        norm.zero_grad()
+        inputs = torch.tensor(x[batch], dtype=torch.float64, requires_grad=True)
+        weights = torch.tensor(cotangent[batch], dtype=torch.float64)
+        kept = torch.tensor(real[batch] if masked else np.ones_like(real[batch]))
+        outputs = torch.zeros_like(inputs)
+        if name == "batch":
+            outputs[kept] = norm(inputs[kept])
+        else:
+            for row in range(rows):
+                alone = norm(inputs[row][kept[row]].T[None])[0].T
+                outputs[row, kept[row]] = alone
+        (outputs * weights).sum().backward()
+        return {
+            "y": outputs,
+            "gradient.x": inputs.grad,
+            "gradient.scale": norm.weight.grad,
+            "gradient.bias": norm.bias.grad,
+        }
+
+    for masked in (False, True):
+        norms["batch"].reset_running_stats()
+        kind = "masked" if masked else "whole"
+        for batch in range(batches):
+            found = {f"batch.{name}": value for name, value in run("batch", masked, batch).items()}
+            found["batch.mean"] = norms["batch"].running_mean
+            found["batch.variance"] = norms["batch"].running_var
+            found |= {f"group.{name}": value for name, value in run("group", masked, batch).items()}
+            arrays |= {f"{kind}.{batch}.{name}": value.clone() for name, value in found.items()}
+        norms["batch"].eval()
+        arrays |= {
+            f"{kind}.evaluation.{name}": value for name, value in run("batch", masked, 0).items()
+        }
+        norms["batch"].train()
+    return {
+        name: np.asarray(torch.as_tensor(value).detach(), np.float32)
+        for name, value in arrays.items()
+    }
+
+
 if __name__ == "__main__":
     FIXTURES.mkdir(exist_ok=True)
+    np.savez_compressed(FIXTURES / "torch_norms.npz", **make_norms())
     for placement in ("pre", "post"):
         path = FIXTURES / f"torch_transformer_{placement}.npz"
         np.savez_compressed(path, **make(placement))

@@ -7,8 +7,9 @@ Axis letters, used in names, annotations and docstrings of the whole project:
     H head dimension      F feed-forward width      V vocabulary
     L layers              E experts
 
-Modules are Flax NNX modules that hold parameters and nothing else: no random state (a dropout key
-is an argument), no caches. `pure` splits one into a function and its parameters.
+Modules are Flax NNX modules that hold parameters, and BatchNorm its running statistics, and nothing
+else: no random state (a dropout key is an argument), no caches. `pure` splits one into a function
+and its parameters, `statistics` reads out the running statistics.
 """
 
 from jaxformer.nn.attention import Attention
@@ -18,16 +19,24 @@ from jaxformer.nn.dropout import dropout
 from jaxformer.nn.embedding import Embedding
 from jaxformer.nn.feedforward import FeedForward
 from jaxformer.nn.linear import Linear
-from jaxformer.nn.norm import LayerNorm, RMSNorm
-from jaxformer.nn.parameters import count, parameter_axes, pure
+from jaxformer.nn.norm import BatchNorm, GroupNorm, LayerNorm, RMSNorm
+from jaxformer.nn.parameters import (
+    count,
+    parameter_axes,
+    pure,
+    statistics,
+    with_statistics,
+)
 from jaxformer.nn.stack import run_layers, stack_layers
 
 __all__ = [
     "Attention",
+    "BatchNorm",
     "Block",
     "Cache",
     "Embedding",
     "FeedForward",
+    "GroupNorm",
     "LayerNorm",
     "Linear",
     "RMSNorm",
@@ -37,4 +46,6 @@ __all__ = [
     "pure",
     "run_layers",
     "stack_layers",
+    "statistics",
+    "with_statistics",
 ]

@@ -1,9 +1,9 @@
-"""Normalisation of the last axis; statistics in float32."""
+"""Normalisation of the last axis, or over a batch; statistics in float32."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxformer.nn.parameters import parameter
 
@@ -56,3 +56,148 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         mean_square = jnp.square(wide).mean(-1, keepdims=True)
         return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...]).astype(x.dtype)
+
+
+class BatchNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias, by channel (Ioffe & Szegedy, 2015).
+
+    In training, mean and variance are those of the batch: over all axes but the last, and only over
+    the places that `mask` calls real. They also move the running mean and (unbiased) variance, with
+    weight `momentum`; in evaluation those are normalised with. A batch with one real place has no
+    variance: it leaves the running variance as it is, and comes out as the bias. One with none
+    changes no statistics. Places that are not real come out as 0.
+
+    Under `jit` the statistics of a sharded batch are those of all of it. Inside `shard_map` or
+    `pmap`, `axis_name` names the mesh axes over which they are shared.
+    """
+
+    def __init__(
+        self,
+        axes: dict[str, int],
+        *,
+        rngs: nnx.Rngs,
+        epsilon: float = 1e-5,
+        momentum: float = 0.1,
+        bias: bool = True,
+        axis_name: str | tuple[str, ...] | None = None,
+        param_dtype: str = "float32",
+    ):
+        self.epsilon = epsilon
+        self.momentum = momentum
+        self.axis_name = axis_name
+        self.scale = parameter(jax.nn.initializers.ones, axes, rngs=rngs, dtype=param_dtype)
+        self.bias = (
+            parameter(jax.nn.initializers.zeros, axes, rngs=rngs, dtype=param_dtype)
+            if bias
+            else None
+        )
+        self.mean = nnx.BatchStat(jnp.zeros(tuple(axes.values()), jnp.float32))
+        self.variance = nnx.BatchStat(jnp.ones(tuple(axes.values()), jnp.float32))
+
+    def __call__(
+        self,
+        x: Float[Array, "*P D"],
+        *,
+        mask: Bool[Array, "..."] | None = None,
+        training: bool = False,
+    ) -> Float[Array, "*P D"]:
+        """`mask` broadcasts against the places, x.shape[:-1]; None: all of them are real."""
+        real = _real_places(mask, x)
+        wide = _only(real, x.astype(jnp.float32))
+        if training:
+            reduced = tuple(range(x.ndim - 1))
+            mean, variance, count = _moments(wide, real, reduced, self.axis_name)
+            self._move(mean.reshape(-1), variance.reshape(-1), count.reshape(()))
+        else:
+            mean, variance = self.mean[...], self.variance[...]
+        y = (wide - mean) * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return _only(real, y).astype(x.dtype)
+
+    def _move(self, mean: Array, variance: Array, count: Array) -> None:
+        """Moves the running statistics towards those of a batch of `count` real places."""
+        unbiased = variance * count / jnp.maximum(count - 1, 1)
+        for running, new, least in ((self.mean, mean, 1), (self.variance, unbiased, 2)):
+            old = running[...]
+            moved = old + self.momentum * (jax.lax.stop_gradient(new) - old)
+            running[...] = jnp.where(jax.lax.stop_gradient(count) >= least, moved, old)
+
+
+class GroupNorm(nnx.Module):
+    """LayerNorm over groups of channels and all places of an example (Wu & He, 2018).
+
+    The statistics of x [B, ..., D] are taken for each of the B examples and each group of D /
+    groups neighbouring channels, over the places that `mask` calls real; all others come out as 0.
+    Raises ValueError where the channels do not fall into equal groups.
+    """
+
+    def __init__(
+        self,
+        groups: int,
+        axes: dict[str, int],
+        *,
+        rngs: nnx.Rngs,
+        epsilon: float = 1e-5,
+        bias: bool = True,
+        param_dtype: str = "float32",
+    ):
+        (channels,) = axes.values()
+        if groups < 1 or channels % groups:
+            raise ValueError(f"{channels} channels do not fall into {groups} equal groups")
+        self.groups = groups
+        self.epsilon = epsilon
+        self.scale = parameter(jax.nn.initializers.ones, axes, rngs=rngs, dtype=param_dtype)
+        self.bias = (
+            parameter(jax.nn.initializers.zeros, axes, rngs=rngs, dtype=param_dtype)
+            if bias
+            else None
+        )
+
+    def __call__(
+        self, x: Float[Array, "B *P D"], *, mask: Bool[Array, "..."] | None = None
+    ) -> Float[Array, "B *P D"]:
+        """`mask` broadcasts against the places, x.shape[:-1]; None: all of them are real."""
+        real = _real_places(mask, x)
+        wide = _only(real, x.astype(jnp.float32))
+        grouped = wide.reshape(*x.shape[:-1], self.groups, -1)
+        inner = None if real is None else real[..., None]
+        reduced = (*range(1, x.ndim - 1), x.ndim)
+        mean, variance, _ = _moments(grouped, inner, reduced, None)
+        y = ((grouped - mean) * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        y = y * self.scale[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return _only(real, y).astype(x.dtype)
+
+
+def _real_places(mask: Array | None, x: Array) -> Array | None:
+    """The mask with an axis for every axis of x, the last of size 1."""
+    return None if mask is None else jnp.broadcast_to(mask, x.shape[:-1])[..., None]
+
+
+def _only(real: Array | None, x: Array) -> Array:
+    """x, with zeros where it is not real: a choice, not a product, for padding may be infinite."""
+    return x if real is None else jnp.where(real, x, 0.0)
+
+
+def _moments(
+    x: Array, real: Array | None, reduced: tuple[int, ...], axis_name: str | tuple[str, ...] | None
+) -> tuple[Array, Array, Array]:
+    """Mean and variance of the real places, zeros where there are none; and how many there are.
+
+    x is zero where it is not real. Squares are summed around the mean, in a second pass: a sum of
+    plain squares loses a variance that is small beside the mean.
+    """
+
+    def total(values: Array) -> Array:
+        values = values.sum(reduced, keepdims=True)
+        return values if axis_name is None else jax.lax.psum(values, axis_name)
+
+    ones = jnp.ones((*x.shape[:-1], 1), jnp.float32)
+    count = total(_only(real, ones))
+    if x.ndim - 1 in reduced:
+        count = count * x.shape[-1]
+    divisor = jnp.maximum(count, 1)
+    mean = total(x) / divisor
+    return mean, total(jnp.square(_only(real, x - mean))) / divisor, count

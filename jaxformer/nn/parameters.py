@@ -40,32 +40,79 @@ def pure(model: nnx.Module) -> tuple[Callable[..., Any], Params]:
     Returns `(apply, params)`: `apply(params, *inputs, method="__call__", **named_inputs)` calls the
     module's method with these parameters. `params` is a nested dict of arrays, or of shapes where
     the module was made under `jax.eval_shape`.
+
+    A module with BatchNorm has running statistics too (`statistics`). They go in beside the
+    parameters, `apply(params, *inputs, statistics=statistics)`, or merged with them,
+    `apply(with_statistics(params, statistics), *inputs)`, and are then what is normalised with.
+    `apply(params, *inputs, statistics=statistics, training=True)` calls the method with
+    `training=True` and returns `(outputs, new statistics)`; of a module without statistics it takes
+    `{}` and returns `(outputs, {})`. Raises ValueError where the parameters or the statistics are
+    not this module's, or statistics are missing.
     """
-    graph, state = nnx.split(model)
-    params = nnx.to_pure_dict(state)
-    names = jax.tree.structure(params)
+    graph, param_state, statistic_state = nnx.split(model, nnx.Param, nnx.BatchStat)
     # Shapes alone stay in the closure: it must not keep the initial parameters alive.
-    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+    shapes = [_shapes(param_state), _shapes(statistic_state)]
+    params, empty_statistics = (nnx.to_pure_dict(state) for state in shapes)
+    has_statistics = bool(empty_statistics)
 
-    def apply(params: Params, *inputs: Any, method: str = "__call__", **named: Any) -> Any:
-        if jax.tree.structure(params) != names:
-            raise ValueError(f"these are not the parameters of this model: {_difference(params)}")
-        filled = jax.tree.map(lambda leaf: leaf, state)
-        nnx.replace_by_pure_dict(filled, params)
-        return getattr(nnx.merge(graph, filled), method)(*inputs, **named)
+    def apply(
+        variables: Params,
+        *inputs: Any,
+        method: str = "__call__",
+        statistics: Params | None = None,
+        training: bool = False,
+        **named: Any,
+    ) -> Any:
+        if training and statistics is None:
+            raise ValueError(
+                "training=True gives new running statistics and needs the old ones: pass "
+                "statistics=nn.statistics(model)"
+            )
+        if statistics is None:
+            given, given_statistics = _separate(variables, empty_statistics)
+        else:
+            given, given_statistics = variables, statistics
+        _check(given, params, "parameters")
+        if has_statistics and not given_statistics:
+            raise ValueError(
+                "this model normalises with running statistics: pass "
+                "statistics=nn.statistics(model), or nn.with_statistics(params, statistics) in "
+                "place of the parameters"
+            )
+        _check(given_statistics, empty_statistics, "statistics")
+        module = nnx.merge(graph, *map(_filled, shapes, (given, given_statistics)))
+        if training and has_statistics:
+            named["training"] = True
+        outputs = getattr(module, method)(*inputs, **named)
+        if not training:
+            return outputs
+        return outputs, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
-    def _difference(params: Params) -> str:
-        wanted, given = _paths(nnx.to_pure_dict(state)), _paths(params)
-        missing, extra = sorted(wanted - given), sorted(given - wanted)
-        return f"missing {missing[:5]}, not known {extra[:5]}"
+    return apply, nnx.to_pure_dict(param_state)
 
-    return apply, params
+
+def statistics(model: nnx.Module) -> Params:
+    """The running statistics of a module, in a nested dict as `pure` gives the parameters.
+
+    Empty where the module has none; shapes where it was made under `jax.eval_shape`.
+    """
+    return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+
+def with_statistics(params: Params, statistics: Params) -> Params:
+    """Parameters and running statistics in one nested dict, which `apply` takes for evaluation."""
+    merged = dict(params)
+    for name, value in statistics.items():
+        here = merged.get(name)
+        merged[name] = with_statistics(here, value) if isinstance(here, dict) else value
+    return merged
 
 
 def parameter_axes(model: nnx.Module) -> Params:
     """The axis names of every parameter, in the same nested dict as `pure` gives the arrays."""
-    axes = nnx.to_pure_dict(nnx.state(model))
-    for path, param in nnx.to_flat_state(nnx.state(model)):
+    state = nnx.state(model, nnx.Param)
+    axes = nnx.to_pure_dict(state)
+    for path, param in nnx.to_flat_state(state):
         node: Any = axes
         for name in path[:-1]:
             node = node[name]
@@ -76,6 +123,42 @@ def parameter_axes(model: nnx.Module) -> Params:
 def count(params: Params) -> int:
     """Number of parameters."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _separate(variables: Params, statistics: Params) -> tuple[Params, Params]:
+    """Parameters and running statistics of a merged dict; `statistics` names those to take out."""
+    params, taken = dict(variables), {}
+    for name, inner in statistics.items():
+        if name not in params:
+            continue
+        if not isinstance(inner, dict):
+            taken[name] = params.pop(name)
+            continue
+        rest, found = _separate(params.pop(name), inner)
+        if rest:
+            params[name] = rest
+        if found:
+            taken[name] = found
+    return params, taken
+
+
+def _check(given: Params, wanted: Params, what: str) -> None:
+    if jax.tree.structure(given) != jax.tree.structure(wanted):
+        names, found = _paths(wanted), _paths(given)
+        missing, extra = sorted(names - found), sorted(found - names)
+        raise ValueError(
+            f"these are not the {what} of this model: missing {missing[:5]}, not known {extra[:5]}"
+        )
+
+
+def _shapes(state: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+
+
+def _filled(shapes: Any, values: Params) -> Any:
+    state = jax.tree.map(lambda leaf: leaf, shapes)
+    nnx.replace_by_pure_dict(state, values)
+    return state
 
 
 def _paths(params: Params) -> set[str]:

@@ -5,10 +5,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxformer.config import ModelConfig
 from jaxformer.models import abstract, build
-from jaxformer.nn import count, parameter_axes, pure
+from jaxformer.nn import (
+    BatchNorm,
+    LayerNorm,
+    count,
+    parameter_axes,
+    pure,
+    statistics,
+    with_statistics,
+)
 
 CONFIG = ModelConfig(
     kind="encoder_decoder",
@@ -89,3 +98,125 @@ def test_seed_decides_the_parameters():
     draw = lambda seed: pure(build(CONFIG, vocabulary=7, seed=seed))[1]["embedding"]["table"]  # noqa: E731
     np.testing.assert_array_equal(draw(1), draw(1))
     assert np.abs(draw(1) - draw(2)).max() > 1e-3
+
+
+class Normalised(nnx.Module):
+    """Two BatchNorms, one of them nested, and a norm without statistics."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = BatchNorm({"D": 3}, rngs=rngs)
+        self.inner = Inner(rngs)
+        self.last = LayerNorm({"D": 3}, rngs=rngs)
+
+    def __call__(self, x, *, training=False):
+        return self.last(self.inner(self.first(x, training=training), training=training))
+
+
+class Inner(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = BatchNorm({"D": 3}, rngs=rngs, bias=False)
+
+    def __call__(self, x, *, training=False):
+        return self.norm(x * x, training=training)
+
+
+@pytest.fixture(scope="module")
+def normalised():
+    return Normalised(nnx.Rngs(0))
+
+
+X = jnp.asarray(np.random.default_rng(0).normal(3, 2, (5, 3)), jnp.float32)
+
+
+def test_parameters_hold_no_statistics_and_statistics_no_parameters(normalised):
+    _, params = pure(normalised)
+    running = statistics(normalised)
+    names = lambda tree: {  # noqa: E731
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    assert names(running) == {
+        "first.mean",
+        "first.variance",
+        "inner.norm.mean",
+        "inner.norm.variance",
+    }
+    assert not names(params) & names(running)
+    assert count(params) == 6 + 3 + 6
+    chex.assert_trees_all_equal_structs(parameter_axes(normalised), axes_like(params))
+    assert parameter_axes(normalised)["inner"]["norm"]["scale"] == ("D",)
+
+
+def axes_like(params):
+    return jax.tree.map(lambda leaf: ("D",) * leaf.ndim, params)
+
+
+def test_a_module_without_batch_norm_has_no_statistics(model):
+    assert statistics(model) == {}
+    apply, params = pure(model)
+    batch = jnp.array([[4, 5]]), jnp.array([[1, 4, 5]])
+    expected = apply(params, *batch)
+    np.testing.assert_array_equal(apply(params, *batch, statistics={}), expected)
+    outputs, new = apply(params, *batch, statistics={}, training=True)
+    np.testing.assert_array_equal(outputs, expected)
+    assert new == {} and with_statistics(params, {}) == params
+
+
+def test_training_gives_new_statistics_and_changes_nothing_else(normalised):
+    apply, params = pure(normalised)
+    running = statistics(normalised)
+    before = jax.tree.map(np.array, running)
+    step = jax.jit(lambda running: apply(params, X, statistics=running, training=True))
+    y, new = step(running)
+    np.testing.assert_allclose(new["first"]["mean"], 0.1 * X.mean(0), rtol=1e-5)
+    assert np.abs(new["inner"]["norm"]["mean"] - before["inner"]["norm"]["mean"]).max() > 0.01
+    chex.assert_trees_all_equal(running, before)
+    chex.assert_trees_all_equal(statistics(normalised), before)
+    chex.assert_trees_all_equal(step(running), (y, new))
+    chex.assert_trees_all_equal_shapes_and_dtypes(running, new)
+
+
+def test_evaluation_reads_the_statistics_apart_or_merged(normalised):
+    apply, params = pure(normalised)
+    _, new = apply(params, X, statistics=statistics(normalised), training=True)
+    evaluated = apply(params, X, statistics=new)
+    np.testing.assert_array_equal(apply(with_statistics(params, new), X), evaluated)
+    assert np.abs(evaluated - apply(params, X, statistics=statistics(normalised))).max() > 1e-3
+
+
+def test_missing_statistics_are_asked_for(normalised):
+    apply, params = pure(normalised)
+    with pytest.raises(ValueError, match=r"pass statistics=nn.statistics\(model\), or nn.with_st"):
+        apply(params, X)
+    with pytest.raises(ValueError, match=r"needs the old ones: pass statistics=nn.statistics"):
+        apply(params, X, training=True)
+    running = statistics(normalised)
+    with pytest.raises(ValueError, match=r"not the statistics .* missing \['inner.norm.mean'"):
+        apply(params, X, statistics={"first": running["first"]})
+    with pytest.raises(ValueError, match=r"not the parameters .* not known \['first.mean'"):
+        apply(with_statistics(params, running), X, statistics=running)
+
+
+def test_gradients_are_of_the_parameters_alone(normalised):
+    apply, params = pure(normalised)
+    running = statistics(normalised)
+
+    def loss(params):
+        y, new = apply(params, X, statistics=running, training=True)
+        return jnp.square(y).sum(), new
+
+    gradient, new = jax.grad(loss, has_aux=True)(params)
+    chex.assert_trees_all_equal_shapes(gradient, params)
+    chex.assert_trees_all_equal_shapes(new, running)
+
+
+def test_an_abstract_model_takes_parameters_and_statistics(normalised):
+    shapes = nnx.eval_shape(lambda: Normalised(nnx.Rngs(0)))
+    apply, abstract_params = pure(shapes)
+    params, running = pure(normalised)[1], statistics(normalised)
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract_params, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(statistics(shapes), running)
+    np.testing.assert_array_equal(
+        apply(params, X, statistics=running), pure(normalised)[0](params, X, statistics=running)
+    )
+    assert parameter_axes(shapes) == parameter_axes(normalised)
