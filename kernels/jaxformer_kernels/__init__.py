@@ -6,6 +6,7 @@ Needs jax alone.
 """
 
 from jaxformer_kernels.attention import Dropout, Mask, attention
+from jaxformer_kernels.ctc import ctc_loss
 from jaxformer_kernels.decode_attention import decode_attention
 from jaxformer_kernels.dispatch import compiling_for, interpreting
 from jaxformer_kernels.linear_cross_entropy import CrossEntropy, linear_cross_entropy
@@ -16,6 +17,7 @@ __all__ = [
     "Mask",
     "attention",
     "compiling_for",
+    "ctc_loss",
     "decode_attention",
     "interpreting",
     "linear_cross_entropy",
