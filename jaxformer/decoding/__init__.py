@@ -12,12 +12,21 @@ search is given
 
     search = jax.jit(lambda cache, logits: greedy(step, cache, logits, max_length=50, ...))
 
+CTC models give all frames at once, so their searches (`ctc_greedy`, `ctc_beam_search`) take logits
+and no step; `make_transcribe` applies them.
+
 One meaning everywhere: `max_length` and `row_lengths` count <eos>; `lengths` and `min_length` count
 the tokens before it; log-probabilities are the model's own, <eos> included.
 """
 
 from jaxformer.decoding.beam import Beams, beam_search
-from jaxformer.decoding.generate import make_generate, make_score, make_translate
+from jaxformer.decoding.ctc import BestPath, LanguageModel, ctc_beam_search, ctc_greedy
+from jaxformer.decoding.generate import (
+    make_generate,
+    make_score,
+    make_transcribe,
+    make_translate,
+)
 from jaxformer.decoding.predict import Generator, Hypothesis, Translator
 from jaxformer.decoding.sampling import (
     Sampled,
@@ -31,17 +40,22 @@ from jaxformer.decoding.scoring import sequence_log_probs, token_log_probs
 
 __all__ = [
     "Beams",
+    "BestPath",
     "Generator",
     "Hypothesis",
+    "LanguageModel",
     "Sampled",
     "SearchCache",
     "Step",
     "Translator",
     "beam_search",
+    "ctc_beam_search",
+    "ctc_greedy",
     "filter_logits",
     "greedy",
     "make_generate",
     "make_score",
+    "make_transcribe",
     "make_translate",
     "sample",
     "sequence_log_probs",

@@ -108,7 +108,7 @@ def beam_search(
         # At most one extension of each hypothesis ends, so twice the beam holds a beam that lives.
         log_probs, places = jax.lax.top_k(candidates, min(2 * beam, beam * vocabulary))
         parents, chosen = places // vocabulary, places % vocabulary
-        tokens = _take(state.tokens, parents).at[:, :, state.position].set(chosen)
+        tokens = take_slots(state.tokens, parents).at[:, :, state.position].set(chosen)
         ends = chosen == eos_id
 
         entering = (ends & (log_probs > -jnp.inf))[:, :beam]
@@ -122,20 +122,20 @@ def beam_search(
         )
         ended = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), state.ended, new)
         _, order = jax.lax.top_k(ended.scores, n_best)
-        ended = jax.tree.map(lambda field: _take(field, order), ended)
+        ended = jax.tree.map(lambda field: take_slots(field, order), ended)
 
         live = jnp.argsort(ends, axis=1, stable=True)[:, :beam]
-        log_probs = _take(jnp.where(ends, -jnp.inf, log_probs), live)
+        log_probs = take_slots(jnp.where(ends, -jnp.inf, log_probs), live)
         position = state.position + 1
         stops = ended.scores[:, -1] >= log_probs[:, 0] / reachable_penalty(position)
         if beam == 1:
             stops |= ended.finished[:, 0]
         return _State(
             position=position,
-            tokens=_take(tokens, live),
+            tokens=take_slots(tokens, live),
             # A stopped row has no live hypotheses, so nothing of it can change any more.
             log_probs=jnp.where(stops[:, None], -jnp.inf, log_probs),
-            parents=_take(parents, live),
+            parents=take_slots(parents, live),
             ended=ended,
             cache=state.cache,
         )
@@ -188,10 +188,10 @@ def _fill(ended: Beams, live: Beams, pad_id: int) -> Beams:
     # Both parts are sorted, so a stable sort by kind keeps the best of each kind first.
     kind = jnp.where(empty, 2, jnp.where(both.finished, 0, 1))
     order = jnp.argsort(kind, axis=1, stable=True)[:, :n_best]
-    empty = _take(empty, order)
+    empty = take_slots(empty, order)
     return jax.tree.map(
         lambda field, nothing: jnp.where(
-            jnp.expand_dims(empty, tuple(range(2, field.ndim))), nothing, _take(field, order)
+            jnp.expand_dims(empty, tuple(range(2, field.ndim))), nothing, take_slots(field, order)
         ),
         both,
         _no_hypotheses(rows, n_best, max_length, pad_id),
@@ -213,6 +213,6 @@ def _penalties(max_length: int, alpha: float) -> np.ndarray:
     return (((5 + np.arange(max_length + 1)) / 6) ** alpha).astype(np.float32)
 
 
-def _take(values, slots: Int[Array, "B n"]):
+def take_slots(values, slots: Int[Array, "B n"]):
     """For each row b, values[b, slots[b]]: `values` is [B, m] or [B, m, ...]."""
     return jax.vmap(lambda row, chosen: row[chosen])(values, slots)

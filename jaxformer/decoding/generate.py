@@ -9,14 +9,17 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformer.data.tokenizers import EOS, PAD, SOS, UNK
 from jaxformer.decoding.beam import Beams, beam_search
+from jaxformer.decoding.ctc import LanguageModel, ctc_beam_search, ctc_greedy
 from jaxformer.decoding.sampling import Sampled, greedy, sample
 from jaxformer.decoding.scoring import sequence_log_probs
 from jaxformer.models import model_inputs
+from jaxformer.models.output import CTCFrames
 from jaxformer.nn import Cache
 from jaxformer.nn.parameters import Params
 
 Apply = Callable[..., Any]
 FORBIDDEN = (PAD, SOS, UNK)
+NO_LABELS = (SOS, EOS, UNK)
 
 
 def make_translate(
@@ -76,6 +79,47 @@ def make_translate(
     return translate
 
 
+def make_transcribe(
+    apply: Apply,
+    *,
+    max_length: int,
+    beam: int = 1,
+    n_best: int = 1,
+    language_model: LanguageModel | None = None,
+    language_model_weight: float = 1.0,
+    length_bonus: float = 0.0,
+) -> Callable[..., Beams]:
+    """A compiled `transcribe(params, source, source_segment_ids) -> Beams` of an encoder with CTC.
+
+    Prefix beam search, or the likeliest path where `beam` is 1, one hypothesis is wanted, and there
+    is nothing to add to its score; what that has beyond `max_length` is cut off, and the hypothesis
+    is then not finished. Its log-probability is the path's. The options are those of
+    `decoding.ctc_beam_search`. No <eos> is counted or returned.
+    """
+    plain = beam == 1 and n_best == 1 and language_model is None and length_bonus == 0
+
+    @jax.jit
+    def transcribe(params: Params, source: Array, source_segment_ids: Array) -> Beams:
+        frames = apply(params, source, source_segment_ids=source_segment_ids, method="predictions")
+        if plain:
+            return _best_path(frames, max_length)
+        return ctc_beam_search(
+            frames.logits,
+            frames.lengths,
+            beam=beam,
+            n_best=n_best,
+            max_length=max_length,
+            blank=PAD,
+            forbidden=NO_LABELS,
+            language_model=language_model,
+            language_model_weight=language_model_weight,
+            length_bonus=length_bonus,
+            eos_id=EOS,
+        )
+
+    return transcribe
+
+
 def make_generate(
     apply: Apply,
     *,
@@ -126,6 +170,19 @@ def make_score(apply: Apply) -> Callable[..., Float[Array, " B"]]:
         return sequence_log_probs(logits, batch["targets"], batch["weights"])
 
     return score
+
+
+def _best_path(frames: CTCFrames, max_length: int) -> Beams:
+    found = ctc_greedy(frames.logits, frames.lengths, blank=PAD, forbidden=NO_LABELS)
+    missing = max(max_length - found.tokens.shape[1], 0)
+    tokens = jnp.pad(found.tokens, ((0, 0), (0, missing)), constant_values=PAD)[:, :max_length]
+    return Beams(
+        tokens=tokens[:, None],
+        lengths=jnp.minimum(found.lengths, max_length)[:, None],
+        scores=found.log_probs[:, None],
+        log_probs=found.log_probs[:, None],
+        finished=(found.lengths <= max_length)[:, None],
+    )
 
 
 def _step(apply: Apply, params: Params) -> Callable[[Array, Cache], tuple[Array, Cache]]:

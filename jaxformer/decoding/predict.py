@@ -9,7 +9,8 @@ import numpy as np
 from jaxformer.config import Config
 from jaxformer.data import Tokenizers, source_batches
 from jaxformer.data.tokenizers import PAD, SOS
-from jaxformer.decoding.generate import Apply, make_generate, make_translate
+from jaxformer.decoding.beam import Beams
+from jaxformer.decoding.generate import Apply, make_generate, make_transcribe, make_translate
 from jaxformer.decoding.sampling import Sampled
 from jaxformer.errors import JaxformerError
 from jaxformer.nn.parameters import Params
@@ -32,7 +33,7 @@ class Translator:
     """Predicts targets of sources, with the search that the configuration describes."""
 
     def __init__(self, apply: Apply, tokenizers: Tokenizers, config: Config, *, n_best: int = 1):
-        if config.model.kind != "encoder_decoder":
+        if config.model.kind == "decoder":
             raise PredictionError("a language model has no sources: use `jaxformer generate`")
         if n_best < 1:
             raise PredictionError(f"--n-best {n_best} must be at least 1")
@@ -42,14 +43,7 @@ class Translator:
             )
         self.tokenizers = tokenizers
         self.config = config
-        self.translate = make_translate(
-            apply,
-            max_length=config.decode.max_length or config.data.max_target_length,
-            min_length=config.decode.min_length,
-            beam=config.decode.beam,
-            n_best=n_best,
-            length_penalty=config.decode.length_penalty,
-        )
+        self.translate = _search(apply, config, n_best)
 
     def __call__(self, params: Params, sources: Sequence[str]) -> list[list[Hypothesis]]:
         """The best hypotheses of each source, the best first, in the order of the sources."""
@@ -81,6 +75,26 @@ class Translator:
         return found
 
 
+def _search(apply: Apply, config: Config, n_best: int) -> Callable[..., Beams]:
+    """The search that fits the kind of model, with the options of the configuration."""
+    decode = config.decode
+    max_length = decode.max_length or config.data.max_target_length
+    if config.model.kind == "ctc":
+        if decode.min_length:
+            raise PredictionError(
+                f"decode.min_length={decode.min_length}: CTC knows no shortest output; leave it 0"
+            )
+        return make_transcribe(apply, max_length=max_length, beam=decode.beam, n_best=n_best)
+    return make_translate(
+        apply,
+        max_length=max_length,
+        min_length=decode.min_length,
+        beam=decode.beam,
+        n_best=n_best,
+        length_penalty=decode.length_penalty,
+    )
+
+
 class Generator:
     """Continues prompts with a language model.
 
@@ -90,7 +104,7 @@ class Generator:
 
     def __init__(self, apply: Apply, tokenizers: Tokenizers, config: Config, *, max_new: int):
         if config.model.kind != "decoder":
-            raise PredictionError("an encoder-decoder has sources: use `jaxformer predict`")
+            raise PredictionError("a model of this kind has sources: use `jaxformer predict`")
         if max_new < 1:
             raise PredictionError(f"--max-new {max_new} must be at least 1")
         self.apply = apply
