@@ -76,6 +76,7 @@ def train(config: Config, console: Console) -> int:
     make = models.abstract if resuming else partial(models.build, seed=config.seed)
     model = make(config.model, **vocabularies(tokenizers))
     apply, params = nn.pure(model)
+    statistics = nn.statistics(model)
     say("model", report.model(config, params))
     say("attention", report.attention(config, apply, params, batches.source[0]))
 
@@ -92,16 +93,18 @@ def train(config: Config, console: Console) -> int:
         # ------------------------------------------------------------ Restore
         checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
         if resuming:
-            state, progress = checkpoints.restore(jax.eval_shape(make_state, params))
+            state, progress = checkpoints.restore(
+                jax.eval_shape(make_state, params, statistics=statistics)
+            )
             if progress["data"] != fingerprint:
                 raise RunError("the training data is not what this run began with: restore it")
             batches.set_state(progress["batches"])
             spent = progress["seconds"]
             say("resumed", f"from step {int(state.step):,} of {config.train.steps:,}")
         else:
-            state, spent = make_state(params), 0.0
+            state, spent = make_state(params, statistics=statistics), 0.0
             tokenizers.save(folder.tokenizers)
-        del model, params  # else the first parameters stay in memory beside the state's
+        del model, params, statistics  # else the first parameters stay in memory beside the state's
         configuration.save(dataclasses.replace(config, resume=False), folder.config)
         tracker = Tracker(folder.metrics, config, start_step=int(state.step))
 
@@ -159,8 +162,11 @@ def train(config: Config, console: Console) -> int:
         evaluated, step = state.evaluated, int(state.step)
         if checkpoints.best not in (None, step):
             step = checkpoints.best
-            evaluated = checkpoints.restore_params(
-                state.params, ema=config.train.ema is not None, step=step
+            evaluated = checkpoints.restore_evaluated(
+                state.params,
+                statistics=state.statistics,
+                ema=config.train.ema is not None,
+                step=step,
             )
         checkpoints.close()
     split = config.eval.final_split if config.eval.final_split in data.filled else "dev"
@@ -185,7 +191,7 @@ def train(config: Config, console: Console) -> int:
         scores=scores,
         decoded=decoded,
         samples=report.text_samples(apply, evaluated, tokenizers, config),
-        parameters=nn.count(evaluated),
+        parameters=nn.count(state.params),
         seconds=seconds,
     )
     return 0

@@ -1,9 +1,75 @@
 """Losses as plain functions; sums, not means, so that batches of unequal size add up."""
 
-from jaxtyping import Array, Float, Int
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxformer.models.output import LogitFactors
-from jaxformer_kernels import linear_cross_entropy
+from jaxformer.data.tokenizers import EOS
+from jaxformer.models.output import CTCFrames, HybridPredictions, LogitFactors
+from jaxformer.nn.ctc import collapse
+from jaxformer_kernels import ctc_loss, linear_cross_entropy
+
+Sums = dict[str, Float[Array, ""]]
+
+
+def objective(
+    predictions: LogitFactors | CTCFrames | HybridPredictions,
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Float[Array, ""], Sums]:
+    """The summed training objective of whatever a model predicts, and sums to report.
+
+    Smoothing and z-loss are those of `cross_entropy`; CTC has neither. The sums always hold `loss`
+    (the objective without smoothing and z-loss), `correct` and `tokens`.
+    """
+    if isinstance(predictions, CTCFrames):
+        return ctc(predictions, targets, weights)
+    if isinstance(predictions, LogitFactors):
+        return cross_entropy(
+            predictions, targets, weights, label_smoothing=label_smoothing, z_loss=z_loss
+        )
+    total, sums = cross_entropy(
+        predictions.factors, targets, weights, label_smoothing=label_smoothing, z_loss=z_loss
+    )
+    ctc_total, ctc_sums = ctc(predictions.frames, targets, weights)
+    share = predictions.weight
+    both = {
+        "loss": share * ctc_sums["loss"] + (1 - share) * sums["loss"],
+        "ctc_loss": ctc_sums["loss"],
+    }
+    return share * ctc_total + (1 - share) * total, sums | both
+
+
+def ctc(
+    frames: CTCFrames, targets: Int[Array, "B T"], weights: Float[Array, "B T"]
+) -> tuple[Float[Array, ""], Sums]:
+    """The summed CTC loss (Graves et al., 2006), and sums to report.
+
+    `targets` are labels, then <eos>, which CTC has no use for, then padding of weight 0; a row's
+    weight is that of its first token. A row whose labels do not fit into its frames adds nothing to
+    the loss. Returns `(objective, {"loss", "correct", "tokens"})`: loss is the objective, correct
+    the tokens of rows whose best path is right, tokens the sum of the weights: <eos> counts, so
+    that losses a token compare with those of a decoder.
+    """
+    is_label = (weights != 0) & (targets != EOS)
+    label_lengths = is_label.sum(1)
+    losses = ctc_loss(frames.logits, frames.lengths, targets, label_lengths, zero_infinity=True)
+    row_weights = weights[:, 0]
+    loss = (losses * row_weights).sum(where=row_weights != 0)
+    found, found_lengths = collapse(jnp.argmax(frames.logits, -1), frames.lengths)
+    right = found_lengths == label_lengths
+    length = min(found.shape[1], targets.shape[1])
+    same = (found[:, :length] == targets[:, :length]) | ~is_label[:, :length]
+    right &= same.all(1)
+    sums = {
+        "loss": loss,
+        "correct": (weights * right[:, None]).sum(),
+        "tokens": weights.sum(),
+    }
+    return loss, sums
 
 
 def cross_entropy(
@@ -13,7 +79,7 @@ def cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> tuple[Float[Array, ""], Sums]:
     """The summed training objective, and sums to report; the logits are never in memory at once.
 
     For each token: -(1 - s) log p[target] - s mean_v log p[v] + z log(Z)^2, times its weight, with
@@ -40,3 +106,22 @@ def cross_entropy(
         "tokens": weights.sum(),
     }
     return found.objective, sums
+
+
+def expected_risk(
+    log_probs: Float[Array, "B M"],
+    risks: Float[Array, "B M"],
+    present: Bool[Array, "B M"],
+    *,
+    sharpness: float = 1.0,
+) -> Float[Array, " B"]:
+    """The mean risk of M candidates a row: minimum risk training (Shen et al., 2016).
+
+    Candidates, such as the hypotheses of a beam search, are weighted by softmax(sharpness *
+    log_probs) among those present; `risks` are any costs, such as edit distances. Differentiable in
+    the log-probabilities. Float32; 0 for a row without candidates.
+    """
+    scores = jnp.where(present, sharpness * log_probs.astype(jnp.float32), -jnp.inf)
+    some = present.any(1, keepdims=True)
+    share = jax.nn.softmax(jnp.where(some, scores, 0.0), axis=1)
+    return jnp.where(present, share * risks, 0.0).sum(1)

@@ -22,7 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "data": {"config"},
     "nn": {"jaxformer_kernels", "sharding"},
     "models": {"nn"},
-    "losses": {"models"},
+    "losses": {"models", "data"},
     "metrics": {"config"},
     "decoding": {"models", "data"},
     "training": {"losses", "decoding", "metrics", "data"},

@@ -1,12 +1,15 @@
 """The training objective, held to float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer.losses import cross_entropy
-from jaxformer.models.output import LogitFactors
+from jaxformer.data import EOS
+from jaxformer.losses import cross_entropy, expected_risk, objective
+from jaxformer.models.output import CTCFrames, HybridPredictions, LogitFactors
 
 OPTIONS = [{}, {"label_smoothing": 0.3, "z_loss": 0.1}, {"softcap": 2.0, "label_smoothing": 0.1}]
 
@@ -103,3 +106,86 @@ def test_huge_logits_stay_finite():
     objective, _ = compiled(*draw(scale=1e4), label_smoothing=0.1)
     wanted, _ = by_hand(*draw(scale=1e4), label_smoothing=0.1)
     np.testing.assert_allclose(objective, wanted, rtol=1e-5)
+
+
+def frames_and_targets():
+    """Three rows of labels and <eos>; the last row's three labels do not fit its two frames."""
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(3, 6, 7)).astype(np.float32)
+    targets = np.array([[4, 4, EOS, 0], [5, EOS, 0, 0], [4, 5, 6, EOS]], np.int32)
+    weights = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]], np.float32)
+    frames = CTCFrames(jnp.asarray(logits), jnp.array([6, 4, 2]))
+    return frames, jnp.asarray(targets), jnp.asarray(weights)
+
+
+def by_paths(logits, length, labels):
+    """-log of the summed probability of every path of `length` frames that collapses to labels."""
+    p = np.exp(np.asarray(logits, np.float64))
+    p /= p.sum(-1, keepdims=True)
+    total = 0.0
+    for path in itertools.product(range(p.shape[1]), repeat=length):
+        collapsed = [label for label, _ in itertools.groupby(path) if label]
+        if collapsed == labels:
+            total += np.prod([p[frame, label] for frame, label in enumerate(path)])
+    return -np.log(total)
+
+
+def test_ctc_is_summed_over_rows_that_fit_and_divided_over_labels_and_eos():
+    frames, targets, weights = frames_and_targets()
+    total, sums = objective(frames, targets, weights, label_smoothing=0.1)
+    wanted = by_paths(frames.logits[0], 6, [4, 4]) + by_paths(frames.logits[1], 4, [5])
+    np.testing.assert_allclose(total, wanted, rtol=1e-6)
+    np.testing.assert_allclose(sums["loss"], wanted, rtol=1e-6)
+    assert float(sums["tokens"]) == weights.sum()
+
+
+def test_ctc_counts_the_tokens_of_rows_whose_best_path_is_right():
+    frames, targets, weights = frames_and_targets()
+    paths = np.array([[4, 0, 4, 4, 0, 0], [0, 5, 6, 0, 5, 5], [4, 5, 0, 0, 0, 0]])
+    frames = CTCFrames(9 * jax.nn.one_hot(paths, 7), frames.lengths)
+    _, sums = objective(frames, targets, weights)
+    assert float(sums["correct"]) == 3  # the first row's; frame 2 of the second is wrong
+    _, sums = objective(CTCFrames(frames.logits, jnp.array([6, 2, 2])), targets, weights)
+    assert float(sums["correct"]) == 5
+
+
+def test_rows_of_weight_0_add_nothing_to_ctc():
+    frames, targets, weights = frames_and_targets()
+    total, sums = objective(frames, targets, weights * jnp.array([[1.0], [0], [0]]))
+    np.testing.assert_allclose(total, by_paths(frames.logits[0], 6, [4, 4]), rtol=1e-6)
+    assert float(sums["tokens"]) == 3
+
+
+def test_a_hybrid_weighs_both_readings():
+    frames, targets, weights = frames_and_targets()
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4, 5)), jnp.float32)
+    factors = LogitFactors(x, jnp.ones((5, 7)).at[2].set(jnp.arange(7)), False, None, "float32")
+    options = dict(label_smoothing=0.1, z_loss=0.01)
+    total, sums = objective(HybridPredictions(frames, factors, 0.3), targets, weights, **options)
+    ctc, ctc_sums = objective(frames, targets, weights)
+    decoder, decoder_sums = objective(factors, targets, weights, **options)
+    np.testing.assert_allclose(total, 0.3 * ctc + 0.7 * decoder, rtol=1e-6)
+    mixed = 0.3 * ctc_sums["loss"] + 0.7 * decoder_sums["loss"]
+    np.testing.assert_allclose(sums["loss"], mixed, rtol=1e-6)
+    np.testing.assert_allclose(sums["ctc_loss"], ctc_sums["loss"], rtol=1e-6)
+    assert sums["correct"] == decoder_sums["correct"]
+
+
+def test_expected_risk_is_the_mean_cost_under_renormalised_probabilities():
+    log_probs = jnp.array([[-1.0, -3.0, -2.0], [-4.0, -1.0, -9.0], [-1.0, -1.0, -1.0]], np.float32)
+    risks = jnp.array([[0.0, 2.0, 5.0], [1.0, 3.0, 7.0], [1.0, 2.0, 3.0]], np.float32)
+    present = jnp.array([[1, 1, 0], [1, 1, 1], [0, 0, 0]], bool)
+    shares = np.exp(0.5 * np.asarray(log_probs, np.float64)) * present
+    wanted = [(shares[row] * risks[row]).sum() / shares[row].sum() for row in range(2)] + [0.0]
+
+    def total(log_probs):
+        return expected_risk(log_probs, risks, present, sharpness=0.5).sum()
+
+    found = expected_risk(log_probs, risks, present, sharpness=0.5)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    gradient = jax.grad(total)(jnp.asarray(log_probs))
+    # d/dl of a softmax mean: sharpness * share * (risk - mean); absent candidates have none.
+    share = shares[:2] / shares[:2].sum(1, keepdims=True)
+    by_hand = 0.5 * share * (risks[:2] - np.array(wanted[:2])[:, None])
+    np.testing.assert_allclose(gradient[:2], by_hand, atol=1e-6)
+    assert (gradient[2] == 0).all()

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from jaxformer.errors import JaxformerError
-from jaxformer.nn.parameters import Params
+from jaxformer.nn.parameters import Params, with_statistics
 from jaxformer.training.state import TrainState, float32
 
 METRIC = "dev_loss"
@@ -24,9 +24,9 @@ class CheckpointError(JaxformerError):
 class Checkpoints:
     """The folder `<folder>/<step>/`, one Orbax checkpoint a step.
 
-    A checkpoint holds the items `params`, `optimizer`, `ema` (if kept) and `progress` (JSON values:
-    the state of the input pipeline and what else the caller keeps), so that prediction reads the
-    parameters alone.
+    A checkpoint holds the items `params`, `optimizer`, `statistics` (if the model has any), `ema`
+    (if kept) and `progress` (JSON values: the state of the input pipeline and what else the caller
+    keeps), so that prediction reads the first and third alone.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False):
@@ -81,6 +81,8 @@ class Checkpoints:
             "optimizer": ocp.args.StandardSave(state.optimizer_state),
             "progress": ocp.args.JsonSave(progress),
         }
+        if state.statistics:
+            items["statistics"] = ocp.args.StandardSave(state.statistics)
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
         metrics = None if dev_loss is None else {METRIC: dev_loss}
@@ -97,6 +99,8 @@ class Checkpoints:
             "optimizer": ocp.args.StandardRestore(_abstract(template.optimizer_state)),
             "progress": ocp.args.JsonRestore(),
         }
+        if template.statistics:
+            items["statistics"] = ocp.args.StandardRestore(_abstract(template.statistics))
         if template.ema is not None:
             items["ema"] = ocp.args.StandardRestore(_abstract(template.ema))
         read = self._read(step, items)
@@ -105,17 +109,36 @@ class Checkpoints:
             step=jax.device_put(jnp.asarray(step, jnp.int32), _scalar_sharding(read["params"])),
             params=read["params"],
             optimizer_state=read["optimizer"],
+            statistics=read["statistics"] if template.statistics else {},
             ema=read["ema"] if template.ema is not None else None,
         )
         return state, read["progress"]
 
-    def restore_params(self, template: Params, *, ema: bool, step: int | None = None) -> Params:
-        """Only the parameters (or their moving average) of a step, by default the best."""
+    def restore_evaluated(
+        self,
+        params: Params,
+        *,
+        statistics: Params | None = None,
+        ema: bool,
+        step: int | None = None,
+    ) -> Params:
+        """What to score and decode with (`TrainState.evaluated`) of a step, by default the best.
+
+        `params` and `statistics` are templates.
+        """
         step = self._step(self.best if step is None else step)
         name = "ema" if ema else "params"
-        if ema:
-            template = jax.eval_shape(float32, template)
-        return self._read(step, {name: ocp.args.StandardRestore(_abstract(template))})[name]
+        templates = {name: jax.eval_shape(float32, params) if ema else params}
+        if statistics:
+            templates["statistics"] = statistics
+        read = self._read(
+            step,
+            {
+                item: ocp.args.StandardRestore(_abstract(template))
+                for item, template in templates.items()
+            },
+        )
+        return with_statistics(read[name], read["statistics"] if statistics else {})
 
     def wait(self) -> None:
         """Waits until everything is written."""

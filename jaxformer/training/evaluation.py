@@ -13,7 +13,7 @@ from jaxformer.data.tokenizers import Tokenizers
 from jaxformer.decoding.predict import Hypothesis, Translator
 from jaxformer.metrics import bits_per_byte, perplexity, sequence_error_rate, token_error_rate
 from jaxformer.nn.parameters import Params
-from jaxformer.training.step import make_eval_step
+from jaxformer.training.step import make_eval_step, means
 
 EvalStep = Callable[[Params, Batch], dict[str, Any]]
 
@@ -24,19 +24,17 @@ def make_loss(apply: Callable[..., Any]) -> EvalStep:
 
 
 def mean_loss(eval_step: EvalStep, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-    """`loss` (nats a token), `accuracy` and `tokens` over batches, weighted by token."""
+    """`loss` (nats a token), `accuracy` and `tokens` over batches, weighted by token.
+
+    A hybrid's `loss` is that of both readings; its `ctc_loss` stands beside it.
+    """
     sums: dict[str, float] = {"loss": 0.0, "correct": 0.0, "tokens": 0.0}
     for batch in batches:
         scored = {name: value for name, value in batch.items() if name != "index"}
         # Summed in float64: a split has too many tokens for float32 to count.
         for name, value in jax.device_get(eval_step(params, scored)).items():
-            sums[name] += float(value)
-    tokens = max(sums["tokens"], 1.0)
-    return {
-        "loss": sums["loss"] / tokens,
-        "accuracy": sums["correct"] / tokens,
-        "tokens": sums["tokens"],
-    }
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return means(sums)
 
 
 def evaluate(

@@ -14,7 +14,7 @@ from jaxformer import models
 from jaxformer.config import Config
 from jaxformer.data import Tokenizers
 from jaxformer.errors import JaxformerError
-from jaxformer.nn.parameters import Params, pure
+from jaxformer.nn.parameters import Params, pure, statistics
 from jaxformer.training.checkpoint import Checkpoints
 
 
@@ -167,7 +167,12 @@ def load_run(path: str | Path, *, step: int | None = None) -> LoadedRun:
     checkpoints = Checkpoints(folder.checkpoints, read_only=True)
     try:
         step = checkpoints.best if step is None else step
-        params = checkpoints.restore_params(template, ema=config.train.ema is not None, step=step)
+        params = checkpoints.restore_evaluated(
+            template,
+            statistics=statistics(model),
+            ema=config.train.ema is not None,
+            step=step,
+        )
     finally:
         checkpoints.close()
     return LoadedRun(folder, config, tokenizers, apply, params, int(step or 0))

@@ -1,19 +1,19 @@
 """Everything a training step reads and writes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxformer.nn.parameters import Params
+from jaxformer.nn.parameters import Params, with_statistics
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """A pytree: the number of steps done, parameters, optimiser state and, if kept, their average.
+    """A pytree: steps done, parameters, optimiser state, statistics, and a moving average if kept.
 
     Random keys are not part of it: a step's key is derived from the seed and the step.
     """
@@ -22,16 +22,24 @@ class TrainState:
     """int32, no axes; its shape alone in a template."""
     params: Params
     optimizer_state: Any
+    statistics: Params = field(default_factory=dict)
+    """BatchNorm's running statistics; empty where the model has none."""
     ema: Params | None = None
 
     @property
     def evaluated(self) -> Params:
-        """The parameters to score and decode with: the moving average where there is one."""
-        return self.params if self.ema is None else self.ema
+        """What to score and decode with: the moving average of the parameters where there is one,
+        else the parameters, with the running statistics among them.
+        """
+        return with_statistics(self.params if self.ema is None else self.ema, self.statistics)
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, *, ema: bool = False
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    statistics: Params | None = None,
+    ema: bool = False,
 ) -> TrainState:
     """The state before the first step.
 
@@ -42,6 +50,7 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         optimizer_state=optimizer.init(float32(params)),
+        statistics=statistics or {},
         ema=jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params) if ema else None,
     )
 

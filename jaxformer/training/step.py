@@ -1,7 +1,8 @@
 """The one pure training step, and the pure evaluation step."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,9 +12,10 @@ from einops import rearrange
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxformer.config import TrainConfig
-from jaxformer.losses import cross_entropy
+from jaxformer.losses import objective
 from jaxformer.models import model_inputs
 from jaxformer.nn.parameters import Params
+from jaxformer.training.sampling import sampling_rate
 from jaxformer.training.state import TrainState, float32
 
 Batch = dict[str, Array]
@@ -26,19 +28,31 @@ def batch_loss(
     params: Params,
     batch: Batch,
     *,
+    statistics: Params | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    key: PRNGKeyArray | None = None,
-) -> tuple[Float[Array, ""], Metrics]:
-    """Summed objective of a batch, and the sums of `losses.cross_entropy`."""
-    factors = apply(params, **model_inputs(batch), key=key, method="predictions")
-    return cross_entropy(
-        factors,
+    **options: Any,
+) -> tuple[Float[Array, ""], tuple[Metrics, Params]]:
+    """Summed objective of a batch, the sums of `losses.objective`, and the new statistics.
+
+    With `statistics`, which may be empty, the model trains: BatchNorm uses those of the batch and
+    moves its running ones. `options` go to the model (`key`, and what scheduled sampling needs).
+    """
+    inputs = model_inputs(batch)
+    if statistics:
+        predictions, statistics = apply(
+            params, **inputs, **options, method="predictions", statistics=statistics, training=True
+        )
+    else:
+        predictions = apply(params, **inputs, **options, method="predictions")
+    total, sums = objective(
+        predictions,
         batch["targets"],
         batch["weights"],
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
+    return total, (sums, statistics or {})
 
 
 def make_train_step(
@@ -51,65 +65,77 @@ def make_train_step(
     """A pure function `train_step(state, batch) -> (state, metrics)`; the caller compiles it.
 
     The batch holds `config.accumulation` micro-batches of rows, one after the other. Objectives are
-    summed and divided once by the number of tokens, so that accumulation equals one big batch.
-    Gradients are summed, and the optimiser computes, in float32 whatever dtype parameters have.
-    Metrics: loss and objective (nats a token), accuracy, gradient_norm (before clipping),
-    learning_rate, tokens.
+    summed and divided once by the number of tokens, so that accumulation equals one big batch (but
+    for BatchNorm, whose statistics are those of a micro-batch). Gradients are summed, and the
+    optimiser computes, in float32 whatever dtype parameters have. Metrics: loss and objective
+    (nats a token), accuracy, gradient_norm (before clipping), learning_rate, tokens; with scheduled
+    sampling its sampling_rate.
     """
+    sampled = config.sampling.schedule != "none"
+    share_sampled = sampling_rate(config.sampling, config.steps)
 
-    def objective(params: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Metrics]:
-        return batch_loss(
+    def gradients(
+        state: TrainState, statistics: Params, batch: Batch, key: PRNGKeyArray
+    ) -> tuple[Params, Metrics, Params]:
+        options: dict[str, Any] = {"key": key}
+        if sampled:
+            options["sampling_rate"] = share_sampled(state.step)
+            options["sampling_scope"] = config.sampling.scope
+        loss = functools.partial(
+            batch_loss,
             apply,
-            params,
-            batch,
+            batch=batch,
+            statistics=statistics,
             label_smoothing=config.label_smoothing,
             z_loss=config.z_loss,
-            key=key,
+            **options,
         )
-
-    def gradients(params: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Params, Metrics]:
-        (total, sums), gradient = jax.value_and_grad(objective, has_aux=True)(params, batch, key)
-        return float32(gradient), sums | {"objective": total}
+        value, gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+        total, (sums, statistics) = value
+        return float32(gradient), sums | {"objective": total}, statistics
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        statistics = state.statistics
         if config.accumulation == 1:
-            gradient, sums = gradients(state.params, batch, key)
+            gradient, sums, statistics = gradients(state, statistics, batch, key)
         else:
             micro_batches = {
                 name: rearrange(value, "(A B) ... -> A B ...", A=config.accumulation)
                 for name, value in batch.items()
             }
             keys = jax.random.split(key, config.accumulation)
-            shapes = jax.eval_shape(
-                gradients, state.params, jax.tree.map(lambda x: x[0], micro_batches), key
-            )
+            first = jax.tree.map(lambda x: x[0], micro_batches)
+            shapes = jax.eval_shape(gradients, state, statistics, first, key)[:2]
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-            def add(totals: Any, item: Any) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, totals, gradients(state.params, *item)), None
+            def add(carry: Any, item: Any) -> tuple[Any, None]:
+                totals, statistics = carry
+                *terms, statistics = gradients(state, statistics, *item)
+                return (jax.tree.map(jnp.add, totals, tuple(terms)), statistics), None
 
-            (gradient, sums), _ = jax.lax.scan(add, zeros, (micro_batches, keys))
+            ((gradient, sums), statistics), _ = jax.lax.scan(
+                add, (zeros, statistics), (micro_batches, keys)
+            )
         tokens = jnp.maximum(sums["tokens"], 1.0)
         gradient = jax.tree.map(lambda leaf: leaf / tokens, gradient)
         updates, optimizer_state = optimizer.update(
             gradient, state.optimizer_state, float32(state.params)
         )
         params = optax.apply_updates(state.params, updates)
-        metrics = {
-            "loss": sums["loss"] / tokens,
-            "objective": sums["objective"] / tokens,
-            "accuracy": sums["correct"] / tokens,
+        metrics = means(sums) | {
             "gradient_norm": optax.tree.norm(gradient),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "tokens": sums["tokens"],
         }
+        if sampled:
+            metrics["sampling_rate"] = jnp.asarray(share_sampled(state.step), jnp.float32)
         return (
             dataclasses.replace(
                 state,
                 step=state.step + 1,
                 params=params,
                 optimizer_state=optimizer_state,
+                statistics=statistics,
                 ema=_average(state, params, config.ema),
             ),
             metrics,
@@ -120,7 +146,16 @@ def make_train_step(
 
 def make_eval_step(apply: Callable[..., Any]) -> Callable[[Params, Batch], Metrics]:
     """A pure function `eval_step(params, batch)` to the sums of loss, correct and tokens."""
-    return lambda params, batch: batch_loss(apply, params, batch)[1]
+    return lambda params, batch: batch_loss(apply, params, batch)[1][0]
+
+
+def means(sums: Mapping[str, Any]) -> dict[str, Any]:
+    """Sums over tokens as means a token: `accuracy` of `correct`, others by their own names."""
+    # An empty batch has means of 0.
+    tokens = sums["tokens"] + (sums["tokens"] == 0)
+    divided = {name: value / tokens for name, value in sums.items() if name != "tokens"}
+    divided["accuracy"] = divided.pop("correct")
+    return divided | {"tokens": sums["tokens"]}
 
 
 def _average(state: TrainState, params: Any, decay: float | None) -> Params | None:

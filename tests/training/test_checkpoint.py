@@ -60,8 +60,8 @@ def test_state_comes_back_bitwise_with_the_place_in_the_data(checkpoints, name):
 def test_parameters_come_back_alone_or_averaged(checkpoints):
     state = make_state(1)
     checkpoints.save(state, {})
-    params = checkpoints.restore_params(state.params, ema=False)
-    average = checkpoints.restore_params(state.params, ema=True)
+    params = checkpoints.restore_evaluated(state.params, ema=False)
+    average = checkpoints.restore_evaluated(state.params, ema=True)
     chex.assert_trees_all_equal(params, state.params)
     chex.assert_trees_all_equal(average, state.ema)
     assert (params["layer"]["kernel"] != average["layer"]["kernel"]).any()
@@ -79,7 +79,7 @@ def test_saving_goes_on_while_the_state_is_overwritten(checkpoints):
     checkpoints.save(state, {})
     for _ in range(20):
         state = step(state)
-    chex.assert_trees_all_equal(checkpoints.restore_params(state.params, ema=False), wanted)
+    chex.assert_trees_all_equal(checkpoints.restore_evaluated(state.params, ema=False), wanted)
 
 
 def test_newest_and_best_are_kept(checkpoints):
@@ -111,7 +111,7 @@ def test_saving_a_step_again_leaves_it_as_it_was(checkpoints):
     first = make_state(1)
     checkpoints.save(first, {})
     checkpoints.save(make_state(1, seed=5), {})
-    found = checkpoints.restore_params(first.params, ema=False)
+    found = checkpoints.restore_evaluated(first.params, ema=False)
     chex.assert_trees_all_equal(found, first.params)
 
 
@@ -121,7 +121,7 @@ def test_empty_folder_and_missing_step_are_refused(checkpoints):
         checkpoints.restore(state)
     checkpoints.save(state, {})
     with pytest.raises(CheckpointError, match=r"has no step 9, only \[3\]"):
-        checkpoints.restore_params(state.params, ema=False, step=9)
+        checkpoints.restore_evaluated(state.params, ema=False, step=9)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_parameters_of_another_model_are_refused_in_one_line(checkpoints, change
     state = make_state(1)
     checkpoints.save(state, {})
     with pytest.raises(CheckpointError, match="does not fit this model") as caught:
-        checkpoints.restore_params(change(state.params), ema=False)
+        checkpoints.restore_evaluated(change(state.params), ema=False)
     assert "\n" not in str(caught.value)
 
 
