@@ -78,7 +78,10 @@ def train(config: Config, console: Console) -> int:
     apply, params = nn.pure(model)
     statistics = nn.statistics(model)
     say("model", report.model(config, params))
-    say("attention", report.attention(config, apply, params, batches.source[0]))
+    if config.model.kind in ("ctc", "hybrid"):
+        say("alignment", report.alignment(config, data))
+    variables = nn.with_statistics(params, statistics)
+    say("attention", report.attention(config, apply, variables, batches.source[0]))
 
     # ---------------------------------------------------------------- State and step
     optimizer = make_optimizer(config.optimizer, config.train.steps, nn.parameter_axes(model))
@@ -104,7 +107,7 @@ def train(config: Config, console: Console) -> int:
         else:
             state, spent = make_state(params, statistics=statistics), 0.0
             tokenizers.save(folder.tokenizers)
-        del model, params, statistics  # else the first parameters stay in memory beside the state's
+        del model, params, variables  # else the first parameters stay in memory beside the state's
         configuration.save(dataclasses.replace(config, resume=False), folder.config)
         tracker = Tracker(folder.metrics, config, start_step=int(state.step))
 

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -19,6 +20,11 @@ from jaxformer.nn.recurrent import LSTMStack
 
 Source = Int[Array, "B S"] | Float[Array, "B S height"]
 """Tokens, or images in 0..1 of S columns of pixels."""
+
+
+def frame_lengths(config: ModelConfig, lengths: np.ndarray, *, images: bool) -> np.ndarray:
+    """How many frames sources of these lengths become."""
+    return (lengths + 1) // 2 if images else lengths * config.ctc.upsample
 
 
 class TokenFrames(nnx.Module):

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from jaxformer.config import Config, ConfigError
-from jaxformer.data import Batch, Example, Tokenizers
+from jaxformer.data import Batch, Data, Example, PairData, Tokenizers
 from jaxformer.decoding.predict import Generator, Hypothesis
 from jaxformer.errors import JaxformerError
+from jaxformer.models.frames import frame_lengths
 from jaxformer.nn.parameters import Params, count
 from jaxformer.training import figures
 from jaxformer.training.published import PRONUNCIATION
@@ -45,7 +47,7 @@ def model(config: Config, params: Params) -> str:
     """Kind and size of the model."""
     shape = config.model
     depth = f"{shape.layers} layers"
-    if shape.kind == "encoder_decoder":
+    if shape.kind not in ("decoder", "ctc"):
         encoder = shape.layers if shape.encoder_layers is None else shape.encoder_layers
         depth = f"{encoder} + {shape.layers} layers"
     return (
@@ -67,7 +69,33 @@ def attention(config: Config, apply: Callable[..., Any], params: Params, batch: 
         raise ConfigError(f"--model.attention: {error}") from error
     if config.model.attention is not None:
         return f"{config.model.attention} (asked for)"
-    return f"{', '.join(dispatch.picked('attention'))} (the platform's choice)"
+    picked = ", ".join(dispatch.picked("attention"))
+    return f"{picked} (the platform's choice)" if picked else "no fused kernel in this model"
+
+
+def alignment(config: Config, data: Data) -> str:
+    """How many pairs CTC cannot learn from, for want of frames: labels and repeats outnumber them.
+
+    Equal neighbours need a blank between them, so they take a frame more.
+    """
+    assert isinstance(data, PairData)
+    impossible, items = 0, 0
+    for split in data.splits.values():
+        lengths = split.sources.lengths[split.item_example]
+        frames = frame_lengths(config.model, lengths, images=config.data.kind == "digits")
+        targets = split.targets
+        repeats = np.append(0, np.cumsum(targets.tokens[1:] == targets.tokens[:-1]))
+        # Each target ends in <eos>, which is no label and equals no neighbour.
+        within = repeats[targets.offsets[1:] - 1] - repeats[targets.offsets[:-1]]
+        impossible += int((targets.lengths - 1 + within > frames).sum())
+        items += len(targets)
+    if not impossible:
+        return f"every one of {items:,} targets fits into its source's frames"
+    more = "more columns" if config.data.kind == "digits" else "a larger --model.ctc.upsample"
+    return (
+        f"{impossible:,} of {items:,} targets have more labels than their source has frames; "
+        f"nothing is learned of them, and they cannot be predicted ({more} would help)"
+    )
 
 
 def finite(metrics: Mapping[str, Any], step: int) -> dict[str, float]:
