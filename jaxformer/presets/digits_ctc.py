@@ -1,0 +1,50 @@
+"""Lines of handwritten digits to what they spell, by CTC: nobody says where in an image what is.
+
+Digits of scikit-learn's `load_digits`, strung to lines with varying gaps and heights; none of those
+in the held-out lines stands in a training line.
+"""
+
+from jaxformer.config import (
+    CheckpointConfig,
+    Config,
+    CTCConfig,
+    DataConfig,
+    DecodeConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RecurrentConfig,
+    TrainConfig,
+)
+
+
+def config() -> Config:
+    """Two convolutions with BatchNorm and a bidirectional LSTM of width 128."""
+    return Config(
+        preset="digits-ctc",
+        data=DataConfig(
+            kind="digits",
+            max_source_length=256,
+            max_target_length=12,
+        ),
+        model=ModelConfig(
+            kind="ctc",
+            encoder_layers=1,
+            width=128,
+            max_length=256,
+            recurrent=RecurrentConfig(bidirectional=True),
+            ctc=CTCConfig(encoder="lstm", channels=(16, 32)),
+        ),
+        optimizer=OptimizerConfig(
+            name="adamw",
+            learning_rate=3e-3,
+            schedule="cosine",
+            final_fraction=0.02,
+            warmup_steps=100,
+            weight_decay=0.01,
+        ),
+        train=TrainConfig(steps=1200, batch_size=32),
+        eval=EvalConfig(every=300, max_batches=4),
+        decode=DecodeConfig(beam=1),
+        checkpoint=CheckpointConfig(every=300),
+    )
