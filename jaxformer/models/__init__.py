@@ -8,6 +8,7 @@ from jaxformer.models.encoder_ctc import EncoderCTC
 from jaxformer.models.encoder_decoder import EncoderDecoder
 from jaxformer.models.hybrid import Hybrid
 from jaxformer.models.inputs import model_inputs
+from jaxformer.models.recurrent_seq2seq import RecurrentSeq2Seq
 
 __all__ = [
     "DecoderLM",
@@ -15,12 +16,13 @@ __all__ = [
     "EncoderDecoder",
     "Hybrid",
     "Model",
+    "RecurrentSeq2Seq",
     "abstract",
     "build",
     "model_inputs",
 ]
 
-Model = DecoderLM | EncoderDecoder | EncoderCTC | Hybrid
+Model = DecoderLM | EncoderDecoder | RecurrentSeq2Seq | EncoderCTC | Hybrid
 
 
 def build(
@@ -67,7 +69,7 @@ def build(
             axis_name=axis_name,
         )
     assert source_vocabulary is not None
-    return EncoderDecoder(
+    return (RecurrentSeq2Seq if config.kind == "recurrent" else EncoderDecoder)(
         config, vocabulary=vocabulary, source_vocabulary=source_vocabulary, rngs=rngs
     )
 

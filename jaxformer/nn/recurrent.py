@@ -51,10 +51,12 @@ class LSTMLayer(nnx.Module):
         )
         self.bias = new(_forget_one, {"R": directions, "F": 4 * width})
 
-    def project(self, x: Float[Array, "S B D"], direction: int = 0) -> Float[Array, "S B F"]:
-        """x W + b for all steps at once, float32."""
+    def project(
+        self, x: Float[Array, "S B D"], direction: int = 0, inputs: slice = slice(None)
+    ) -> Float[Array, "S B F"]:
+        """x W + b for all steps at once, float32; of W only the rows `inputs`."""
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        gates = matmul(rows, self.kernel[...][direction], self.compute_dtype)
+        gates = matmul(rows, self.kernel[...][direction][inputs], self.compute_dtype)
         gates = gates + self.bias[...][direction].astype(jnp.float32)
         return gates.reshape(*x.shape[:-1], -1)
 
