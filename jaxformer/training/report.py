@@ -46,10 +46,9 @@ def devices() -> str:
 def model(config: Config, params: Params) -> str:
     """Kind and size of the model."""
     shape = config.model
-    depth = f"{shape.layers} layers"
-    if shape.kind not in ("decoder", "ctc"):
-        encoder = shape.layers if shape.encoder_layers is None else shape.encoder_layers
-        depth = f"{encoder} + {shape.layers} layers"
+    encoder = shape.layers if shape.encoder_layers is None else shape.encoder_layers
+    layers = {"decoder": f"{shape.layers}", "ctc": f"{encoder}"}
+    depth = layers.get(shape.kind, f"{encoder} + {shape.layers}") + " layers"
     return (
         f"{shape.kind}, {depth}, width {shape.width}, {count(params):,} parameters "
         f"({shape.param_dtype}, computing in {shape.compute_dtype})"
@@ -180,7 +179,8 @@ def _error_table(config: Config, scores: dict[str, float]) -> list[str]:
     if config.data.kind == "pronunciation" and not config.data.keep_stress:
         lines += [f"| {name} | {per:.2f} | {wer:.2f} |" for name, per, wer in PRONUNCIATION]
         lines += ["", "Published figures are on splits of their own; every listed variant counts."]
-    return [*lines, "", f"Loss under teacher forcing: {scores['loss']:.4f} nats a token."]
+    how = "" if config.model.kind == "ctc" else " under teacher forcing"
+    return [*lines, "", f"Loss{how}: {scores['loss']:.4f} nats a token."]
 
 
 def _next_commands(config: Config, folder: RunFolder, split: str) -> list[str]:
