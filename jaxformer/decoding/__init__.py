@@ -13,16 +13,27 @@ search is given
     search = jax.jit(lambda cache, logits: greedy(step, cache, logits, max_length=50, ...))
 
 CTC models give all frames at once, so their searches (`ctc_greedy`, `ctc_beam_search`) take logits
-and no step; `make_transcribe` applies them.
+and no step; `make_transcribe` applies them, and `ctc_align` says at which frames given labels
+stand. A hybrid model's decoder is searched together with CTC's probabilities of prefixes by
+`joint_search`, which `make_joint_translate` applies.
 
 One meaning everywhere: `max_length` and `row_lengths` count <eos>; `lengths` and `min_length` count
 the tokens before it; log-probabilities are the model's own, <eos> included.
 """
 
 from jaxformer.decoding.beam import Beams, beam_search
-from jaxformer.decoding.ctc import BestPath, LanguageModel, ctc_beam_search, ctc_greedy
+from jaxformer.decoding.ctc import (
+    BestPath,
+    LanguageModel,
+    ctc_beam_search,
+    ctc_greedy,
+    frame_log_probs,
+)
+from jaxformer.decoding.ctc_align import Alignment, ctc_align
+from jaxformer.decoding.ctc_prefix import CTCPrefixes, CTCPrefixScorer, joint_search
 from jaxformer.decoding.generate import (
     make_generate,
+    make_joint_translate,
     make_score,
     make_transcribe,
     make_translate,
@@ -39,8 +50,11 @@ from jaxformer.decoding.sampling import (
 from jaxformer.decoding.scoring import sequence_log_probs, token_log_probs
 
 __all__ = [
+    "Alignment",
     "Beams",
     "BestPath",
+    "CTCPrefixScorer",
+    "CTCPrefixes",
     "Generator",
     "Hypothesis",
     "LanguageModel",
@@ -49,11 +63,15 @@ __all__ = [
     "Step",
     "Translator",
     "beam_search",
+    "ctc_align",
     "ctc_beam_search",
     "ctc_greedy",
     "filter_logits",
+    "frame_log_probs",
     "greedy",
+    "joint_search",
     "make_generate",
+    "make_joint_translate",
     "make_score",
     "make_transcribe",
     "make_translate",

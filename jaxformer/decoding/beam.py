@@ -57,6 +57,7 @@ def beam_search(
     length_penalty: float = 0.6,
     n_best: int = 1,
     forbidden: Sequence[int] = (),
+    normalize: bool = True,
 ) -> Beams:
     """The hypotheses of the highest score, log P(Y) / ((5 + |Y|) / 6) ** length_penalty.
 
@@ -85,6 +86,9 @@ def beam_search(
         length_penalty: alpha above; 0 compares plain log-probabilities, larger favours longer.
         n_best: hypotheses to return for a row, at most `beam`.
         forbidden: token ids that are never chosen (<sos>).
+        normalize: whether log-probabilities are the softmax of `logits` and of what `step` gives.
+            If not, they are what each token adds to the score, and must be at most 0: the search
+            stops by that.
 
     Raises:
         ValueError: an argument out of its range, or nothing left to choose.
@@ -101,7 +105,10 @@ def beam_search(
 
     def extend(state, logits):
         """Ranks the extensions of the live hypotheses by one token, and sorts them out."""
-        gained = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(rows, beam, vocabulary)
+        gained = logits.astype(jnp.float32)
+        if normalize:
+            gained = jax.nn.log_softmax(gained)
+        gained = gained.reshape(rows, beam, vocabulary)
         log_probs = state.log_probs[..., None]
         possible = (log_probs > -jnp.inf) & allowed(state.position)
         candidates = jnp.where(possible, log_probs + gained, -jnp.inf).reshape(rows, -1)
@@ -143,8 +150,9 @@ def beam_search(
     def reachable_penalty(position):
         """The largest penalty at which a live hypothesis of `position` tokens can still finish.
 
-        Log-probabilities are at most 0 and only fall, so over this penalty they bound every score
-        to come. The penalty is monotone in the length, so its largest value is at an end.
+        Gains are at most 0, those of a softmax as those of `joint_gains`: log-probabilities only
+        fall, and over this penalty they bound every score to come. The penalty is monotone in the
+        length, so its largest value is at an end.
         """
         shortest = jnp.minimum(jnp.maximum(position, min_length) + 1, max_length)
         return jnp.maximum(penalties[shortest], penalties[max_length])

@@ -9,12 +9,17 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformer.data.tokenizers import EOS, PAD, SOS, UNK
 from jaxformer.decoding.beam import Beams, beam_search
-from jaxformer.decoding.ctc import LanguageModel, ctc_beam_search, ctc_greedy
-from jaxformer.decoding.sampling import Sampled, greedy, sample
+from jaxformer.decoding.ctc import (
+    LanguageModel,
+    ctc_beam_search,
+    ctc_greedy,
+    frame_log_probs,
+)
+from jaxformer.decoding.ctc_prefix import CTCPrefixScorer, joint_search
+from jaxformer.decoding.sampling import Sampled, Step, greedy, sample
 from jaxformer.decoding.scoring import sequence_log_probs
 from jaxformer.models import model_inputs
 from jaxformer.models.output import CTCFrames
-from jaxformer.nn import Cache
 from jaxformer.nn.parameters import Params
 
 Apply = Callable[..., Any]
@@ -120,6 +125,50 @@ def make_transcribe(
     return transcribe
 
 
+def make_joint_translate(
+    apply: Apply,
+    *,
+    ctc_weight: float,
+    max_length: int,
+    beam: int = 1,
+    n_best: int = 1,
+    min_length: int = 0,
+    length_penalty: float = 0.6,
+) -> Callable[..., Beams]:
+    """A compiled `translate(params, source, source_segment_ids) -> Beams` of a hybrid model.
+
+    Beam search by `ctc_weight` times CTC's log-probability plus the rest times the decoder's
+    (`decoding.joint_search`): that sum is what `log_probs` has. The other options are those of
+    `make_translate`.
+    """
+
+    @jax.jit
+    def translate(params: Params, source: Array, source_segment_ids: Array) -> Beams:
+        cache, frames = apply(params, source, source_segment_ids, max_length, method="init_joint")
+        step = _step(apply, params)
+        first = jnp.full((source.shape[0], 1), SOS, jnp.int32)
+        logits, cache = step(first, cache)
+        log_probs = frame_log_probs(frames.logits, frames.lengths, blank=PAD, forbidden=NO_LABELS)
+        scorer = CTCPrefixScorer(log_probs, blank=PAD, eos_id=EOS)
+        joint_step, joint_cache, gains = joint_search(step, cache, logits, scorer, ctc_weight)
+        return beam_search(
+            joint_step,
+            joint_cache,
+            gains,
+            normalize=False,
+            beam=beam,
+            n_best=n_best,
+            min_length=min_length,
+            length_penalty=length_penalty,
+            max_length=max_length,
+            eos_id=EOS,
+            pad_id=PAD,
+            forbidden=FORBIDDEN,
+        )
+
+    return translate
+
+
 def make_generate(
     apply: Apply,
     *,
@@ -185,8 +234,8 @@ def _best_path(frames: CTCFrames, max_length: int) -> Beams:
     )
 
 
-def _step(apply: Apply, params: Params) -> Callable[[Array, Cache], tuple[Array, Cache]]:
-    def step(tokens: Int[Array, "B 1"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
+def _step(apply: Apply, params: Params) -> Step:
+    def step(tokens: Int[Array, "B 1"], cache: Any) -> tuple[Float[Array, "B V"], Any]:
         logits, cache = apply(params, tokens, cache, method="extend")
         return logits[:, -1], cache
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +11,13 @@ from jaxformer.config import Config
 from jaxformer.data import Tokenizers, source_batches
 from jaxformer.data.tokenizers import PAD, SOS
 from jaxformer.decoding.beam import Beams
-from jaxformer.decoding.generate import Apply, make_generate, make_transcribe, make_translate
+from jaxformer.decoding.generate import (
+    Apply,
+    make_generate,
+    make_joint_translate,
+    make_transcribe,
+    make_translate,
+)
 from jaxformer.decoding.sampling import Sampled
 from jaxformer.errors import JaxformerError
 from jaxformer.nn.parameters import Params
@@ -85,14 +92,17 @@ def _search(apply: Apply, config: Config, n_best: int) -> Callable[..., Beams]:
                 f"decode.min_length={decode.min_length}: CTC knows no shortest output; leave it 0"
             )
         return make_transcribe(apply, max_length=max_length, beam=decode.beam, n_best=n_best)
-    return make_translate(
-        apply,
+    options: dict[str, Any] = dict(
         max_length=max_length,
         min_length=decode.min_length,
         beam=decode.beam,
         n_best=n_best,
         length_penalty=decode.length_penalty,
     )
+    if config.model.kind == "hybrid":
+        weight = config.model.ctc.weight if decode.ctc_weight is None else decode.ctc_weight
+        return make_joint_translate(apply, ctc_weight=weight, **options)
+    return make_translate(apply, **options)
 
 
 class Generator:
