@@ -19,8 +19,9 @@ from jaxformer.decoding.ctc_prefix import CTCPrefixScorer, joint_search
 from jaxformer.decoding.sampling import Sampled, Step, greedy, sample
 from jaxformer.decoding.scoring import sequence_log_probs
 from jaxformer.models import model_inputs
-from jaxformer.models.output import CTCFrames
+from jaxformer.models.output import CTCFrames, LogitFactors
 from jaxformer.nn.parameters import Params
+from jaxformer_kernels import ctc_loss
 
 Apply = Callable[..., Any]
 FORBIDDEN = (PAD, SOS, UNK)
@@ -98,7 +99,7 @@ def make_transcribe(
 
     Prefix beam search, or the likeliest path where `beam` is 1, one hypothesis is wanted, and there
     is nothing to add to its score; what that has beyond `max_length` is cut off, and the hypothesis
-    is then not finished. Its log-probability is the path's. The options are those of
+    is then not finished. The options are those of
     `decoding.ctc_beam_search`. No <eos> is counted or returned.
     """
     plain = beam == 1 and n_best == 1 and language_model is None and length_bonus == 0
@@ -210,26 +211,42 @@ def make_generate(
 def make_score(apply: Apply) -> Callable[..., Float[Array, " B"]]:
     """A compiled `score(params, batch)`: log-probability of each row's targets, in nats.
 
-    The targets are given, not searched for (teacher forcing); both model kinds.
+    The targets are given, not searched for (teacher forcing). All kinds of model: CTC's is of the
+    labels without <eos>, by all their paths, -inf where they have none; a hybrid's is the weighted
+    sum of CTC's and the decoder's that it was trained for.
     """
 
     @jax.jit
     def score(params: Params, batch: dict[str, Array]) -> Array:
-        logits = apply(params, **model_inputs(batch))
-        return sequence_log_probs(logits, batch["targets"], batch["weights"])
+        predictions = apply(params, **model_inputs(batch), method="predictions")
+        return _log_probs(predictions, batch["targets"], batch["weights"])
 
     return score
+
+
+def _log_probs(predictions: Any, targets: Array, weights: Array) -> Float[Array, " B"]:
+    if isinstance(predictions, LogitFactors):
+        return sequence_log_probs(predictions.logits(), targets, weights)
+    if isinstance(predictions, CTCFrames):
+        label_lengths = jnp.sum((weights != 0) & (targets != EOS), axis=1)
+        return -ctc_loss(predictions.logits, predictions.lengths, targets, label_lengths, blank=PAD)
+    by_ctc = _log_probs(predictions.frames, targets, weights)
+    by_decoder = _log_probs(predictions.factors, targets, weights)
+    return predictions.weight * by_ctc + (1 - predictions.weight) * by_decoder
 
 
 def _best_path(frames: CTCFrames, max_length: int) -> Beams:
     found = ctc_greedy(frames.logits, frames.lengths, blank=PAD, forbidden=NO_LABELS)
     missing = max(max_length - found.tokens.shape[1], 0)
     tokens = jnp.pad(found.tokens, ((0, 0), (0, missing)), constant_values=PAD)[:, :max_length]
+    lengths = jnp.minimum(found.lengths, max_length)
+    # Of the labels, as everywhere: the path is one of many that give them.
+    log_probs = -ctc_loss(frames.logits, frames.lengths, tokens, lengths, blank=PAD)
     return Beams(
         tokens=tokens[:, None],
-        lengths=jnp.minimum(found.lengths, max_length)[:, None],
-        scores=found.log_probs[:, None],
-        log_probs=found.log_probs[:, None],
+        lengths=lengths[:, None],
+        scores=log_probs[:, None],
+        log_probs=log_probs[:, None],
         finished=(found.lengths <= max_length)[:, None],
     )
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxformer.data.tokenizers import EOS, PAD, SOS, UNK
-from jaxformer.decoding import ctc_beam_search, ctc_greedy, make_transcribe
+from jaxformer.decoding import ctc_beam_search, ctc_greedy, make_score, make_transcribe
 from jaxformer.models.output import CTCFrames
 from jaxformer.nn.ctc import collapse
 from tests.decoding.ctc_enumeration import label_log_probs, labels_of, log_softmax
@@ -351,6 +351,14 @@ def test_transcribe_never_gives_special_tokens(beam):
         logits, lengths = jnp.asarray(params[source]), jnp.asarray(segments.sum(-1))
         wanted = ctc_greedy(logits, lengths, forbidden=(SOS, EOS, UNK))
         np.testing.assert_array_equal(beams.tokens[:, 0, :6], wanted.tokens)
+    # Of the labels, by all their paths, or by those that a beam was wide enough for.
+    for row, length in enumerate(segments.sum(-1)[1:], start=1):
+        log_probs = log_softmax(params[source[row]])
+        every = label_log_probs(log_probs, length, range(1, 8))
+        labels = tuple(beams.tokens[row, 0, : beams.lengths[row, 0]].tolist())
+        assert beams.log_probs[row, 0] <= every[labels] + 1e-5
+        if beam == 1:
+            assert beams.log_probs[row, 0] == pytest.approx(every[labels], abs=1e-5)
 
 
 def test_transcribe_cuts_the_likeliest_path_at_the_limit_and_says_so():
@@ -362,3 +370,20 @@ def test_transcribe_cuts_the_likeliest_path_at_the_limit_and_says_so():
     np.testing.assert_array_equal(beams.tokens[:, 0], [[4, 5, 6], [4, 4, 0]])
     np.testing.assert_array_equal(beams.lengths[:, 0], [3, 2])
     np.testing.assert_array_equal(beams.finished[:, 0], [False, True])
+
+
+def test_scores_of_given_labels_are_of_all_their_paths():
+    params = np.random.default_rng(0).normal(0, 1, (9, 6)).astype(np.float32)
+    source = np.random.default_rng(1).integers(0, 9, (3, 4))
+    targets = np.array([[4, 4, EOS], [5, EOS, PAD], [4, 4, EOS]])
+    batch = {
+        "source": source,
+        "source_segment_ids": (np.arange(4) < np.array([[4], [3], [2]])).astype(np.int32),
+        "targets": targets,
+        "weights": (targets != PAD).astype(np.float32),
+    }
+    found = make_score(frames_of)({"logits": params}, batch)
+    for row, (length, labels) in enumerate([(4, (4, 4)), (3, (5,))]):
+        wanted = label_log_probs(log_softmax(params[source[row]]), length, range(1, 6))[labels]
+        assert float(found[row]) == pytest.approx(wanted, abs=1e-5)
+    assert found[2] == -np.inf, "a repeated label needs a third frame"
