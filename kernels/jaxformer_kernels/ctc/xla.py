@@ -3,8 +3,8 @@
 The recursion (Graves et al. 2006) goes over frames with a number for each state: for each label,
 and for the blank before each label and after the last. A state's number is the probability of all
 that the frames so far can be and end there; it soon leaves the range of floats, and `number` keeps
-it all the same. The backward variables are the forward variables of the problem turned round, the
-last frame and the last label first, so that one scan over twice the rows finds both.
+it all the same. A second recursion, from the last frame back, gives the probability of all that
+may follow; the product is each state's share in the whole, of which the gradient is made.
 """
 
 import functools
@@ -20,47 +20,38 @@ from jaxformer_kernels.ctc.call import FEATURES, wide
 
 
 class Rows(NamedTuple):
-    """What the recursion goes over.
+    """What the recursions go over.
 
     Attributes:
-        frames: number [T, R, N + 1]; the probability of each label of the row and, last, of blank.
-        begin, end: int32 [R]; the row's frames are those from begin on, before end.
-        start: int32 [R]; the blank to start in, counted from the one before the first label.
-        can_skip: bool [R, N + 1]; whether a label may follow the one before it without a blank.
+        frames: number [T, B, N + 1]; the probability of each label of the row and, last, of blank.
+        frame_count, label_count: int32 [B].
+        skip: [B, N + 1]; 0 where a label may follow the one before it without a blank, else -inf.
     """
 
     frames: tuple
-    begin: jax.Array
-    end: jax.Array
-    start: jax.Array
-    can_skip: jax.Array
+    frame_count: jax.Array
+    label_count: jax.Array
+    skip: jax.Array
 
 
-def differentiable(variables):
-    """The `run` of an implementation whose recursion is `variables`; see `variables` below."""
+def differentiable(ahead, back):
+    """The `run` of an implementation whose recursions are `ahead` and `back`, as those below."""
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def run(blank, logits, logit_lengths, labels, label_lengths):
         lse, rows = _prepare(blank, logits, logit_lengths, labels, label_lengths)
-        last, _ = variables(rows)
+        last, _ = ahead(rows)
         return _loss(_probability(last, label_lengths), _broken(lse, logit_lengths))
 
     def forward(blank, logits, logit_lengths, labels, label_lengths):
-        B, T = logits.shape[:2]
         lse, rows = _prepare(blank, logits, logit_lengths, labels, label_lengths)
-        both = jax.tree.map(_beside, rows, _turned(rows, label_lengths))
-        last, path = variables(both)
-        probability = _probability(jax.tree.map(lambda x: x[:B], last), label_lengths)
+        last, path = ahead(rows)
+        probability = _probability(last, label_lengths)
         broken = _broken(lse, logit_lengths)
-
-        shares = _posteriors(path, rows.frames)
-        gradient = jnp.exp(logits.astype(lse.dtype) - lse[..., None])
-        of_labels, of_blank = (share.swapaxes(0, 1) for share in shares)
-        gradient = gradient.at[:, :, blank].add(-of_blank)
-        each = jnp.arange(B)[:, None]
-        gradient = gradient.at[each, :, labels].add(-of_labels.swapaxes(1, 2), mode="drop")
-        possible = probability[0] > 0
-        used = (jnp.arange(T) < logit_lengths[:, None]) & possible[:, None]
+        shares = back(rows, path, probability)
+        gradient = _gradient(blank, logits, lse, labels, shares)
+        used = jnp.arange(logits.shape[1]) < logit_lengths[:, None]
+        used &= (probability[0] > 0)[:, None]
         gradient = jnp.where(used[..., None], gradient, 0.0)
         gradient = jnp.where(broken[:, None, None], jnp.nan, gradient)
         saved = _first_derivative(gradient), jnp.zeros((), logits.dtype)
@@ -74,49 +65,116 @@ def differentiable(variables):
     return run
 
 
-def variables(rows: Rows):
-    """(last, path): the variables after the last frame, and after every frame.
+def ahead(rows: Rows):
+    """(last, path): the states' numbers after the last frame, and after every frame.
 
-    Both are (blanks, labels), numbers [R, N + 1] and [T, R, N + 1]. Place k of blanks is the blank
+    Both are (blanks, labels), numbers [B, N + 1] and [T, B, N + 1]. Place k of blanks is the blank
     before label k; the last place of labels is of no meaning.
     """
-    state = _compat.vary(_beginning(rows), _compat.varying_axes(rows.frames[0]))
+    state = _compat.vary(beginning(rows.skip), _compat.varying_axes(rows.frames[0]))
 
     def step(state, inputs):
         time, frame = inputs
-        now = (rows.begin <= time) & (time < rows.end)
-        after = _advance(state, frame, rows.can_skip, _shifted)
-        state = jax.tree.map(lambda x, y: jnp.where(now[:, None], x, y), after, state)
+        after = advance(state, frame, rows.skip, _up)
+        now = (time < rows.frame_count)[:, None]
+        state = jax.tree.map(lambda x, y: jnp.where(now, x, y), after, state)
         return state, state
 
+    return lax.scan(step, state, (jnp.arange(rows.frames[0].shape[0]), rows.frames))
+
+
+def back(rows: Rows, path, probability):
+    """Each state's share of the row's probability: (of blanks, of labels), [T, B, N + 1].
+
+    Where the row has no such frame or label the shares are of no meaning; their sum is 1 but for
+    rounding.
+    """
+    ending = ending_states(rows.label_count[:, None], rows.skip)
+    skip = _down(rows.skip, -jnp.inf)
+    whole = jax.tree.map(lambda x: x[:, None], probability)
+
+    def step(state, inputs):
+        time, frame, here = inputs
+        rest = retreat(state, skip, _down)
+        is_last = (time == rows.frame_count - 1)[:, None]
+        rest = jax.tree.map(lambda x, y: jnp.where(is_last, x, y), ending, rest)
+        return with_frame(rest, frame), tuple(map(functools.partial(share, whole), here, rest))
+
+    zero = jnp.zeros_like(rows.skip)
+    nothing = zero, zero - jnp.inf
+    state = _compat.vary((nothing, nothing), _compat.varying_axes(rows.frames[0]))
     times = jnp.arange(rows.frames[0].shape[0])
-    return lax.scan(step, state, (times, rows.frames))
+    return lax.scan(step, state, (times, rows.frames, path), reverse=True)[1]
 
 
-def _beginning(rows):
-    """The variables before the first frame."""
-    mantissa, exponent = rows.frames
-    shape = exponent.shape[1:]
-    started = jnp.arange(shape[1]) == rows.start[:, None]
-    zero = jnp.zeros(shape, mantissa.dtype)
-    blanks = jnp.where(started, 1.0, zero), jnp.where(started, zero, -jnp.inf)
-    return blanks, (zero, zero - jnp.inf)
+def beginning(like):
+    """The states' numbers before the first frame, in the shape of `like` [B, N + 1]."""
+    zero = jnp.zeros_like(like)
+    first = lax.broadcasted_iota(jnp.int32, like.shape, 1) == 0
+    blanks = jnp.where(first, 1.0, zero), jnp.where(first, zero, -jnp.inf)
+    return blanks, (zero, jnp.full_like(like, -jnp.inf))
 
 
-def _advance(state, frame, can_skip, shifted):
-    """The variables one frame on; `shifted(x, fill)` moves places up by one."""
+def ending_states(label_count, like):
+    """1 for the states to end in, as numbers: the last label, and the blank after it."""
+    zero = jnp.zeros_like(like)
+    place = lax.broadcasted_iota(jnp.int32, like.shape, 1)
+
+    def one_at(chosen):
+        return jnp.where(chosen, 1.0, zero), jnp.where(chosen, zero, -jnp.inf)
+
+    return one_at(place == label_count), one_at(place == label_count - 1)
+
+
+def advance(state, frame, skip, up):
+    """The states' numbers one frame on; `up(x, fill)` moves places up by one."""
     blanks, labels = state
-    before = shifted(labels[0], 0.0), shifted(labels[1], -jnp.inf)
-    of_blank = frame[0][:, -1:], frame[1][:, -1:]
-    skipping = jnp.where(can_skip, before[0], 0.0), before[1]
-    return (
-        number.times(number.add(blanks, before), of_blank),
-        number.times(number.add(labels, blanks, skipping), frame),
+    before = up(labels[0], 0.0), up(labels[1], -jnp.inf)
+    return with_frame(
+        (
+            number.total(blanks, before),
+            number.total(labels, blanks, (before[0], before[1] + skip)),
+        ),
+        frame,
     )
 
 
-def _shifted(x, fill):
+def retreat(state, skip, down):
+    """The probability of what may follow each state, given that of each state and its rest.
+
+    `down(x, fill)` moves places down by one; so is `skip` already.
+    """
+    blanks, labels = state
+    after = down(labels[0], 0.0), down(labels[1], -jnp.inf)
+    blank_after = down(blanks[0], 0.0), down(blanks[1], -jnp.inf)
+    return (
+        number.total(blanks, labels),
+        number.total(labels, blank_after, (after[0], after[1] + skip)),
+    )
+
+
+def with_frame(state, frame):
+    """The states' numbers times the probabilities of their classes in a frame."""
+    blanks, labels = state
+    of_blank = frame[0][:, -1:], frame[1][:, -1:]
+    return number.product(blanks, of_blank), number.product(labels, frame)
+
+
+def share(whole, here, rest):
+    """Of the probability `whole`, what goes through a state: a float."""
+    exponent = here[1] + rest[1] - whole[1]
+    # Impossible rows have no shares; nor have exponents past 2^24 bits for them to be right.
+    exponent = jnp.where(whole[0] > 0, jnp.minimum(exponent, 8.0), -jnp.inf)
+    mantissa = here[0] * rest[0] / jnp.where(whole[0] > 0, whole[0], 1.0)
+    return mantissa * number.power_of_two(exponent)
+
+
+def _up(x, fill):
     return jnp.pad(x, ((0, 0), (1, 0)), constant_values=fill)[:, :-1]
+
+
+def _down(x, fill):
+    return jnp.pad(x, ((0, 0), (0, 1)), constant_values=fill)[:, 1:]
 
 
 def _prepare(blank, logits, logit_lengths, labels, label_lengths):
@@ -128,38 +186,13 @@ def _prepare(blank, logits, logit_lengths, labels, label_lengths):
     # A frame in which no class is possible has no softmax; no path goes through it.
     log_p = jnp.where(lse[..., None] == -jnp.inf, -jnp.inf, scores - lse[..., None])
     frames = number.from_log(jnp.minimum(log_p, 0.0).swapaxes(0, 1))
-    repeated = classes[:, 1:] == classes[:, :-1]
-    can_skip = jnp.pad(~repeated, ((0, 0), (1, 0)))
-    begin = jnp.zeros_like(logit_lengths)
-    return lse, Rows(frames, begin, logit_lengths, begin, can_skip)
-
-
-def _turned(rows, label_lengths):
-    """The same rows with the last frame and the last label first."""
-    T, _, places = rows.frames[0].shape
-    N = places - 1
-
-    def turn(x):
-        return jnp.concatenate([x[::-1, :, :N][..., ::-1], x[::-1, :, N:]], axis=2)
-
-    # Of labels k - 1 and k, turned round, the first comes second.
-    can_skip = jnp.pad(rows.can_skip[:, 1:N][:, ::-1], ((0, 0), (1, 1)))
-    return Rows(
-        jax.tree.map(turn, rows.frames),
-        T - rows.end,
-        T - rows.begin,
-        N - label_lengths,
-        can_skip,
-    )
-
-
-def _beside(a, b):
-    """Rows of `a`, then rows of `b`; of frames they are the second axis, of the rest the first."""
-    return jnp.concatenate([a, b], axis=1 if a.ndim == 3 else 0)
+    repeated = jnp.pad(classes[:, 1:] == classes[:, :-1], ((0, 0), (1, 0)))
+    skip = jnp.where(repeated, -jnp.inf, jnp.zeros(classes.shape, logits.dtype))
+    return lse, Rows(frames, logit_lengths, label_lengths, skip)
 
 
 def _probability(last, label_lengths):
-    """Of all paths together: a number [B], from the variables after the last frame."""
+    """Of all paths together: a number [B], from the numbers after the last frame."""
 
     def at(x, places):
         return jnp.take_along_axis(x, places[:, None], axis=1)[:, 0]
@@ -168,11 +201,11 @@ def _probability(last, label_lengths):
     of_label = jax.tree.map(lambda x: at(x, jnp.maximum(label_lengths - 1, 0)), last[1])
     some = label_lengths > 0
     of_label = jnp.where(some, of_label[0], 0.0), jnp.where(some, of_label[1], -jnp.inf)
-    return number.normal(number.add(of_blank, of_label))
+    return number.total(of_blank, of_label)
 
 
 def _loss(probability, broken):
-    # Adding the +0 makes the loss of a certainty 0 and not -0.
+    # Adding +0 makes the loss of a certainty 0 and not -0.
     loss = jnp.maximum(-number.to_log(probability), 0.0) + 0.0
     return jnp.where(broken, jnp.nan, loss)
 
@@ -183,36 +216,20 @@ def _broken(lse, logit_lengths):
     return jnp.any(used & (jnp.isnan(lse) | (lse == jnp.inf)), axis=1)
 
 
-def _posteriors(path, frames):
-    """Probabilities, given the labels, of each label [T, B, N] and of the blank [T, B].
+def _gradient(blank, logits, lse, labels, shares):
+    """Softmax minus posteriors, [B, T, V]; of frames that the row does not have, anything.
 
-    Each frame's are made to sum to 1, in which the rounding of a long recursion cancels.
+    Each frame's posteriors are made to sum to 1, in which the rounding of the recursion cancels.
     """
-    B = frames[0].shape[1]
-    blanks, labels = jax.tree.map(lambda x: x[:, :B], path)
-    blanks_back, labels_back = jax.tree.map(lambda x: x[::-1, B:, ::-1], path)
-
-    def joined(ahead, back, frame):
-        # Both have the frame's own probability in them.
-        possible = (ahead[0] > 0) & (back[0] > 0) & (frame[0] > 0)
-        mantissa = ahead[0] * back[0] / jnp.where(possible, frame[0], 1.0)
-        exponent = jnp.where(possible, ahead[1] + back[1] - frame[1], -jnp.inf)
-        return jnp.where(possible, mantissa, 0.0), exponent
-
-    def part(numbers, places):
-        return jax.tree.map(lambda x: x[..., places], numbers)
-
-    labels = part(labels, slice(None, -1))
-    labels_back = part(labels_back, slice(1, None))
-    of_labels = joined(labels, labels_back, part(frames, slice(None, -1)))
-    of_blanks = joined(blanks, blanks_back, part(frames, slice(-1, None)))
-    top = jnp.maximum(of_labels[1].max(axis=2), of_blanks[1].max(axis=2))
-    top = jnp.maximum(top, jnp.finfo(top.dtype).min)[..., None]
-    of_labels, of_blanks = (m * number.power_of_two(e - top) for m, e in (of_labels, of_blanks))
-    of_blank = of_blanks.sum(axis=2)
-    total = of_labels.sum(axis=2) + of_blank
-    scale = 1 / jnp.where(total > 0, total, 1.0)
-    return of_labels * scale[..., None], of_blank * scale
+    of_blank = shares[0].sum(axis=2)
+    of_labels = shares[1][..., :-1]
+    total = of_blank + of_labels.sum(axis=2)
+    scale = -1 / jnp.where(total > 0, total, 1.0)
+    gradient = jnp.exp(logits.astype(lse.dtype) - lse[..., None])
+    gradient = gradient.at[:, :, blank].add((of_blank * scale).T)
+    row = jnp.arange(labels.shape[0])[:, None]
+    of_labels = (of_labels * scale[..., None]).transpose(1, 2, 0)
+    return gradient.at[row, :, labels].add(of_labels, mode="drop")
 
 
 @jax.custom_jvp
@@ -228,4 +245,4 @@ def _refuse(primals, tangents):
     )
 
 
-IMPLEMENTATION = dispatch.Implementation(run=differentiable(variables), supports=FEATURES)
+IMPLEMENTATION = dispatch.Implementation(run=differentiable(ahead, back), supports=FEATURES)
