@@ -3,12 +3,14 @@
 #   PYTHON  the interpreter a new VENV is made from  make test PYTHON=python3.12 VENV=.venv312
 #   VENV    where the environment lives, else .venv
 #   PRESET  what `make train` trains                 make train PRESET=text
+#   LESSON  which lessons, else all                  make lessons LESSON=7
 #   ARGS    passed on to train.py, pytest or aot     make test ARGS="-k attention"
 
 PYTHON ?= python3
 VENV   ?= .venv
 LOCK   ?= requirements.lock
 PRESET ?= g2p
+LESSON ?=
 ARGS   ?=
 
 # The first Python 3.12 that really runs: a pyenv shim may be on PATH and not.
@@ -17,13 +19,13 @@ PYTHON_312 ?= $(shell for python in python3.12 $$(pyenv root 2>/dev/null)/versio
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CODE  := jaxformer kernels tests benchmarks train.py
+CODE  := jaxformer kernels lessons tests benchmarks train.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format types aot-tpu aot-h100 kernel-table test-mosaic-gpu lock clean .venv
+.PHONY: help train test lessons lint format types aot-tpu aot-h100 kernel-table test-mosaic-gpu lock clean .venv
 
 help: ## list what make can do
 	@grep -hE '^[a-z0-9.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -38,6 +40,9 @@ test: $(STAMP) ## run the whole test suite (ARGS="-m 'not slow'" for the quick p
 # Builds whatever VENV names.
 .venv: $(STAMP) ## create the environment, nothing else
 	@:
+
+lessons: $(STAMP) ## measure and write the pages of docs/lessons (LESSON="6 7", ARGS=--render)
+	@$(BIN)/python -m lessons $(LESSON) $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format, changing nothing
 	@$(BIN)/ruff check
