@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxformer.config import ModelConfig
 from jaxformer.models.output import CTCFrames
 from jaxformer.models.transformer import Transformer, make_embedding
-from jaxformer.nn import BatchNorm, dropout
-from jaxformer.nn.convolution import Convolution
+from jaxformer.nn import BatchNorm, Convolution, dropout
 from jaxformer.nn.linear import Linear, matmul
 from jaxformer.nn.parameters import fan_in_normal, parameter
 from jaxformer.nn.recurrent import LSTMStack
@@ -66,7 +65,6 @@ class ImageFrames(nnx.Module):
         axis_name: str | tuple[str, ...] | None,
     ):
         self.height = height
-        dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
         layers, inputs = {}, 1
         for number, outputs in enumerate(config.ctc.channels):
             last = number == len(config.ctc.channels) - 1
@@ -79,7 +77,8 @@ class ImageFrames(nnx.Module):
                         strides=(2 if last else 1, 2),
                         bias=False,
                         rngs=rngs,
-                        **dtypes,
+                        param_dtype=config.param_dtype,
+                        compute_dtype=config.compute_dtype,
                     ),
                     "norm": BatchNorm(
                         {"O": outputs},
@@ -93,7 +92,12 @@ class ImageFrames(nnx.Module):
         # Names, not places: a checkpoint's nested dict has strings for keys.
         self.layers = nnx.Dict(layers)
         self.projection = Linear(
-            {"P": height * inputs}, {"D": config.width}, bias=config.bias, rngs=rngs, **dtypes
+            {"P": height * inputs},
+            {"D": config.width},
+            bias=config.bias,
+            rngs=rngs,
+            param_dtype=config.param_dtype,
+            compute_dtype=config.compute_dtype,
         )
 
     def __call__(

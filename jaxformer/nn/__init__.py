@@ -15,6 +15,7 @@ and its parameters, `statistics` reads out the running statistics.
 from jaxformer.nn.attention import Attention
 from jaxformer.nn.block import Block
 from jaxformer.nn.cache import Cache
+from jaxformer.nn.convolution import Convolution
 from jaxformer.nn.dropout import dropout
 from jaxformer.nn.embedding import Embedding
 from jaxformer.nn.feedforward import FeedForward
@@ -34,6 +35,7 @@ __all__ = [
     "BatchNorm",
     "Block",
     "Cache",
+    "Convolution",
     "Embedding",
     "FeedForward",
     "GroupNorm",
