@@ -15,12 +15,14 @@ from jaxformer.data.corpus import (
     DataError,
     Document,
     Example,
+    LineCorpus,
     PairCorpus,
     Report,
     TextCorpus,
 )
 from jaxformer.data.encoding import Data, PairData, PairSplit, Stream, TextData, encode_corpus
 from jaxformer.data.given import normal_source, pair_batches, source_batches, text_batches
+from jaxformer.data.images import Images, image_height, read_image, write_image
 from jaxformer.data.load import load_corpus
 from jaxformer.data.packing import TextBatches
 from jaxformer.data.pipeline import (
@@ -53,6 +55,8 @@ __all__ = [
     "DataError",
     "Document",
     "Example",
+    "Images",
+    "LineCorpus",
     "OnePass",
     "PairBatches",
     "PairCorpus",
@@ -68,11 +72,14 @@ __all__ = [
     "build_tokenizers",
     "encode_corpus",
     "evaluation_batches",
+    "image_height",
     "load_corpus",
     "load_tokenizer",
     "normal_source",
     "pair_batches",
+    "read_image",
     "source_batches",
     "text_batches",
     "training_batches",
+    "write_image",
 ]

@@ -17,7 +17,8 @@ class PairBatches(EpochPlans):
     nested, what does not fill a batch of one shape rides along in the next larger one: only the
     last batch of an epoch's plan has empty rows. Batches come in shuffled order.
 
-    A batch: `source`, `source_segment_ids` int32[B, S]; `inputs` (sos + target), `targets`
+    A batch: `source`, `source_segment_ids` int32[B, S] (images: `source` float32[B, S, height] in
+    0..1, which is 1 at ink); `inputs` (sos + target), `targets`
     (target + eos), `segment_ids` int32[B, T]; `weights` float32[B, T]. Segment ids are 1 on tokens
     and 0 on padding, which is also where ids and weights are 0. With `with_index`, `index`
     int32[B] is the item, -1 in an empty row.

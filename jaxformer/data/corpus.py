@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from jaxformer.errors import JaxformerError
 
 SPLITS = ("train", "dev", "test")
@@ -122,7 +124,19 @@ class PairCorpus:
     report: Report
 
 
-Corpus = TextCorpus | PairCorpus
+@dataclass(frozen=True)
+class LineCorpus:
+    """Examples by split whose sources are images: `images[split][i]`, uint8[columns, height].
+
+    The `source` of an example is then its image's name.
+    """
+
+    splits: dict[str, tuple[Example, ...]]
+    images: dict[str, tuple[np.ndarray, ...]]
+    report: Report
+
+
+Corpus = TextCorpus | PairCorpus | LineCorpus
 OnBad = Literal["error", "skip"]
 
 

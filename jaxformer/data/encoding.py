@@ -1,7 +1,7 @@
 """A corpus as token ids: flat arrays with offsets, checked for length, counted for the report."""
 
+import dataclasses
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,75 +12,17 @@ from jaxformer.data.corpus import (
     Corpus,
     Document,
     Example,
+    LineCorpus,
     PairCorpus,
     Report,
     TextCorpus,
     require_filled,
 )
+from jaxformer.data.images import Images
 from jaxformer.data.lengths import Shape, choose_shapes, cover, padding_share
+from jaxformer.data.ragged import Ragged
 from jaxformer.data.splits import wanted_splits
-from jaxformer.data.tokenizers import EOS, PAD, SOS, UNK, Tokenizer, Tokenizers
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Sequences of differing length in one array: sequence i is tokens[offsets[i]:offsets[i+1]]."""
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-
-    @classmethod
-    def build(
-        cls,
-        sequences: Sequence[np.ndarray],
-        vocabulary: int,
-        *,
-        first: int | None = None,
-        last: int | None = None,
-    ) -> "Ragged":
-        """Joins sequences, in two bytes a token where the vocabulary allows it.
-
-        Each gets `first` before it and `last` behind it: no other place adds special tokens.
-        """
-        before, behind = int(first is not None), int(last is not None)
-        lengths = [len(sequence) + before + behind for sequence in sequences]
-        offsets = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        tokens = np.empty(offsets[-1], np.uint16 if vocabulary <= 2**16 else np.int32)
-        for sequence, start, end in zip(sequences, offsets[:-1], offsets[1:], strict=True):
-            tokens[start + before : end - behind] = sequence
-        if first is not None:
-            tokens[offsets[:-1]] = first
-        if last is not None:
-            tokens[offsets[1:] - 1] = last
-        return cls(tokens, offsets)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64[len(self)]."""
-        return np.diff(self.offsets)
-
-    def count(self, token: int) -> int:
-        """How often a token occurs."""
-        return int((self.tokens == token).sum())
-
-    def gather(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sequences `rows` side by side; a row of -1 is empty.
-
-        Returns ids int32[len(rows), width], padded with 0, and where they are real, bool of the
-        same shape.
-        """
-        present = rows >= 0
-        safe = np.where(present, rows, 0)
-        starts = self.offsets[safe]
-        lengths = np.where(present, self.offsets[safe + 1] - starts, 0)
-        columns = np.arange(width)
-        real = columns < lengths[:, None]
-        places = np.where(real, starts[:, None] + columns, 0)
-        return np.where(real, self.tokens[places], PAD).astype(np.int32), real
+from jaxformer.data.tokenizers import EOS, SOS, UNK, Tokenizer, Tokenizers
 
 
 @dataclass(frozen=True)
@@ -118,8 +60,9 @@ class TextData:
 class PairSplit:
     """The pairs of a split, one item a (source, reference).
 
-    `sources` has one sequence an example and `targets` one an item, each ending in eos;
-    `item_example[item]` is the item's example in `examples`. `shapes` are the (S, T) of batches.
+    `sources` has one sequence an example and `targets` one an item, each ending in eos (but an
+    image, which has no such column); `item_example[item]` is the item's example in `examples`.
+    `shapes` are the (S, T) of batches.
     """
 
     examples: tuple[Example, ...]
@@ -165,6 +108,8 @@ def encode_corpus(corpus: Corpus, tokenizers: Tokenizers, config: DataConfig) ->
     """
     if isinstance(corpus, TextCorpus):
         return _encode_text(corpus, tokenizers.target)
+    if isinstance(corpus, LineCorpus):
+        return _encode_lines(corpus, tokenizers.target, config)
     if tokenizers.source is None:
         raise ValueError("pairs need a source tokenizer")
     return _encode_pairs(corpus, tokenizers.source, tokenizers.target, config)
@@ -209,6 +154,28 @@ def _encode_pairs(
         report,
         "give shorter examples, or raise data.max_source_length and data.max_target_length",
     )
+    return _in_shapes(splits, config, report)
+
+
+def _encode_lines(corpus: LineCorpus, target: Tokenizer, config: DataConfig) -> PairData:
+    report = corpus.report.copy()
+    splits = {}
+    for split in SPLITS:
+        examples = corpus.splits[split]
+        targets = target.encode_all([example.references[0] for example in examples])
+        splits[split] = encoded = PairSplit(
+            examples,
+            Images.join(corpus.images[split]),
+            Ragged.build(targets, len(target), last=EOS),
+            np.arange(len(examples)),
+        )
+        report.count(split, "columns of pixels", len(encoded.sources.tokens))
+        report.count(split, "target tokens", len(encoded.targets.tokens))
+    return _in_shapes(splits, config, report)
+
+
+def _in_shapes(splits: dict[str, PairSplit], config: DataConfig, report: Report) -> PairData:
+    """The splits with the shapes of their batches, chosen for the train split."""
     limits = (config.max_source_length, config.max_target_length)
     shapes = choose_shapes(*splits["train"].item_lengths, config.buckets, limits)
     share = padding_share(*splits["train"].item_lengths, shapes)
@@ -217,15 +184,11 @@ def _encode_pairs(
         + ", ".join(f"{s} x {t}" for s, t in shapes)
         + f"; {share:.1%} of the train tokens are padding"
     )
-    for split, encoded in splits.items():
-        splits[split] = PairSplit(
-            encoded.examples,
-            encoded.sources,
-            encoded.targets,
-            encoded.item_example,
-            cover(shapes, *encoded.item_lengths, limits),
-        )
-    return PairData(splits, report)
+    shaped = {
+        split: dataclasses.replace(encoded, shapes=cover(shapes, *encoded.item_lengths, limits))
+        for split, encoded in splits.items()
+    }
+    return PairData(shaped, report)
 
 
 def encode_examples(
@@ -292,5 +255,7 @@ def _fits(
 def _hash(*arrays: np.ndarray) -> str:
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+        # Ids in one width, whatever they are stored in; pixels, which are many, as they are.
+        kind = np.uint8 if array.dtype == np.uint8 else np.int64
+        digest.update(np.ascontiguousarray(array, kind).tobytes())
     return digest.hexdigest()[:16]

@@ -8,11 +8,12 @@ import numpy as np
 from jaxformer.config import DataConfig
 from jaxformer.data.bucketing import PairBatches
 from jaxformer.data.corpus import DataError, Example, Report
-from jaxformer.data.encoding import Ragged, encode_examples
+from jaxformer.data.encoding import encode_examples
 from jaxformer.data.lengths import choose_shapes
 from jaxformer.data.pipeline import OnePass
 from jaxformer.data.plan import Batch
 from jaxformer.data.pronunciation import normalise_word
+from jaxformer.data.ragged import Ragged
 from jaxformer.data.tokenizers import EOS, PAD, SOS, Tokenizers
 
 SMALLEST_WIDTH = 8

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 
 from jaxformer.config import DataConfig, TokenizerName
-from jaxformer.data.corpus import Corpus, DataError, TextCorpus
+from jaxformer.data.corpus import Corpus, DataError, LineCorpus, TextCorpus
 
 PAD, SOS, EOS, UNK = 0, 1, 2, 3
 SPECIALS = ("<pad>", "<sos>", "<eos>", "<unk>")
@@ -255,7 +255,7 @@ def train_tokenizer(kind: TokenizerName, texts: Sequence[str], vocabulary_size: 
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """The tokenizers of a run: `source` is None for text, and may equal `target` for pairs."""
+    """The tokenizers of a run: `source` may equal `target`; None for text and for images."""
 
     source: Tokenizer | None
     target: Tokenizer
@@ -287,6 +287,9 @@ def build_tokenizers(corpus: Corpus, config: DataConfig) -> Tokenizers:
     if isinstance(corpus, TextCorpus):
         texts = [document.text for document in corpus.splits["train"]]
         return Tokenizers(None, train_tokenizer(config.tokenizer, texts, size))
+    if isinstance(corpus, LineCorpus):
+        # All ten, whichever digits were drawn: the ids never change their meaning.
+        return Tokenizers(None, WordTokenizer("0123456789"))
     source_kind, target_kind = config.tokenizer, config.target_tokenizer
     if config.kind == "pronunciation":
         source_kind, target_kind = "character", "word"

@@ -1,0 +1,156 @@
+"""Lines of handwritten digits, and what they spell: images to strings, without an alignment.
+
+The digits are those of scikit-learn's `load_digits`: 1,797 images of 8 x 8 pixels in 0..16, the
+test part of the "Optical Recognition of Handwritten Digits" of the UCI repository (CC BY 4.0),
+written by 13 people; E. Alpaydin and C. Kaynak, "Cascading Classifiers", Kybernetika 34(4), 1998.
+
+Its description names no writers, image by image. So train, dev and test are parted by image: none
+of which a held-out line is strung is ever seen in training, but others of the same hands are
+(`split='hash'`). The labels show that the file goes form by form, each beginning with the digits
+in order, so the last images of the file are mostly of people who wrote none of the first: these
+are the held-out ones of `split='tail'`, which is harder.
+"""
+
+import numpy as np
+
+from jaxformer.config import DataConfig
+from jaxformer.data.corpus import SPLITS, DataError, Example, LineCorpus, Report, require_filled
+from jaxformer.data.images import HEIGHT, INK, resize
+from jaxformer.data.plan import generator
+from jaxformer.data.splits import fractions, wanted_splits
+
+CLASSES = 10
+SMALLEST = 9
+"""Least height of a digit in pixels; the largest fills the line."""
+GAPS = (1, 8)
+"""Fewest and most blank columns between two digits, and at either end."""
+REPEATS = 0.2
+"""Share of digits that are made to repeat the one before: where CTC needs a blank between them."""
+LARGEST_VALUE = 16
+"""Of a pixel of `load_digits`."""
+
+
+def load_digits_lines(config: DataConfig) -> LineCorpus:
+    """Lines strung from single digits, each an image and its digits between spaces.
+
+    Each digit of a line is drawn anew: which image of its class, how high it is (`SMALLEST` pixels
+    to all of the line) and where it stands between top and bottom, how much paper follows. The
+    lines are made once, and every epoch reads the same ones: they are few megabytes, a batch then
+    depends on its number alone, and a hash of them is the hash of the data. All follows from
+    `config.seed`. Raises DataError without scikit-learn, if lines do not fit
+    `config.max_source_length` or `max_target_length`, and on an empty split.
+    """
+    _check_room(config)
+    pixels, labels = _digits()
+    owners = split_digits(labels, config)
+    drawn = draw_sizes(pixels)
+    report = Report()
+    shares = dict(zip(("dev", "test"), fractions(config), strict=True))
+    shares["train"] = 1 - sum(shares.values())
+    splits: dict[str, tuple[Example, ...]] = {}
+    images: dict[str, tuple[np.ndarray, ...]] = {}
+    for number, split in enumerate(SPLITS):
+        own = owners[split]
+        lines = round(config.lines * shares[split]) if len(own) else 0
+        random = generator(config.seed, number)
+        strung = [string_line(random, own, labels, drawn, config) for _ in range(lines)]
+        images[split] = tuple(image for image, _ in strung)
+        splits[split] = tuple(
+            Example(f"{split} {line}", (" ".join(map(str, labels[members])),))
+            for line, (_, members) in enumerate(strung)
+        )
+        report.count(split, "digit images", len(own))
+        report.count(split, "lines", lines)
+    fix = "raise data.lines, data.dev_fraction or data.test_fraction"
+    require_filled(splits, wanted_splits(config), report, fix)
+    return LineCorpus(splits, images, report)
+
+
+def split_digits(labels: np.ndarray, config: DataConfig) -> dict[str, np.ndarray]:
+    """The numbers of the digit images of each split, in the order of the file.
+
+    `split='hash'` draws the same share of every class; `split='tail'` takes the last of the file,
+    dev before test.
+    """
+    parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    random = generator(config.seed, len(SPLITS))
+    groups = [np.arange(len(labels))]
+    if config.split == "hash":
+        groups = [random.permutation(np.flatnonzero(labels == digit)) for digit in range(CLASSES)]
+    dev_fraction, test_fraction = fractions(config)
+    for group in groups:
+        first = len(group) - round(len(group) * test_fraction)
+        held_out = first - round(len(group) * dev_fraction)
+        for split, part in zip(SPLITS, np.split(group, [held_out, first]), strict=True):
+            parts[split].append(part)
+    return {split: np.sort(np.concatenate(groups)) for split, groups in parts.items()}
+
+
+def draw_sizes(pixels: np.ndarray) -> dict[int, list[np.ndarray]]:
+    """Every digit at every height, uint8[columns, height] each, blank columns at its sides removed.
+
+    `pixels` float[digits, 8, 8] in 0..1; a digit keeps its proportions.
+    """
+    drawn = {}
+    for height in range(SMALLEST, HEIGHT + 1):
+        resized = np.rint(resize(pixels, height, height) * INK).astype(np.uint8)
+        drawn[height] = [_trimmed(image.T) for image in resized]
+    return drawn
+
+
+def string_line(
+    random: np.random.Generator,
+    own: np.ndarray,
+    labels: np.ndarray,
+    drawn: dict[int, list[np.ndarray]],
+    config: DataConfig,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One line, uint8[columns, HEIGHT], and the numbers of the digit images in it, all of `own`."""
+    fewest, most = config.digits_per_line
+    members = random.choice(own, random.integers(fewest, most, endpoint=True))
+    for place in range(1, len(members)):
+        if random.random() < REPEATS:
+            same = own[labels[own] == labels[members[place - 1]]]
+            members[place] = random.choice(same)
+    heights = random.integers(SMALLEST, HEIGHT, len(members), endpoint=True)
+    tops = random.integers(0, HEIGHT - heights, endpoint=True)
+    gaps = random.integers(*GAPS, len(members) + 1, endpoint=True)
+    digits = [drawn[height][member] for height, member in zip(heights, members, strict=True)]
+    starts = gaps.cumsum()
+    starts[1:] += np.cumsum([len(digit) for digit in digits])
+    line = np.zeros((starts[-1], HEIGHT), np.uint8)
+    for start, top, digit in zip(starts[:-1], tops, digits, strict=True):
+        line[start : start + len(digit), top : top + digit.shape[1]] = digit
+    return line, members
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """All digits, float64[1797, 8, 8] in 0..1, and what they are, int64[1797]."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError(
+            "data.kind='digits' reads its digits from scikit-learn, which is not installed. "
+            "Fix: pip install 'scikit-learn>=1.5', the extra jaxformer[digits]"
+        ) from None
+    found = load_digits()
+    return found.images / LARGEST_VALUE, found.target
+
+
+def _trimmed(image: np.ndarray) -> np.ndarray:
+    inked = np.flatnonzero(image.any(1))
+    return image[inked[0] : inked[-1] + 1]
+
+
+def _check_room(config: DataConfig) -> None:
+    most = config.digits_per_line[1]
+    rooms = {
+        "max_source_length": most * (HEIGHT + GAPS[1]) + GAPS[1],
+        "max_target_length": most + 1,
+    }
+    for name, room in rooms.items():
+        if getattr(config, name) < room:
+            raise DataError(
+                f"data.{name}={getattr(config, name)} has no room for lines of {most} digits. "
+                f"Fix: at least {room}, or lower the second number of data.digits_per_line"
+            )
