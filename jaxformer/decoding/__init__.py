@@ -38,6 +38,7 @@ from jaxformer.decoding.generate import (
     make_transcribe,
     make_translate,
 )
+from jaxformer.decoding.ngram import NGram
 from jaxformer.decoding.predict import Generator, Hypothesis, Translator
 from jaxformer.decoding.sampling import (
     Sampled,
@@ -58,6 +59,7 @@ __all__ = [
     "Generator",
     "Hypothesis",
     "LanguageModel",
+    "NGram",
     "Sampled",
     "SearchCache",
     "Step",
