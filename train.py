@@ -74,7 +74,7 @@ def train(config: Config, console: Console) -> int:
     # ---------------------------------------------------------------- Model
     resuming = config.resume and folder.has_checkpoint
     make = models.abstract if resuming else partial(models.build, seed=config.seed)
-    model = make(config.model, **vocabularies(tokenizers))
+    model = make(config.model, **vocabularies(tokenizers, config.data))
     apply, params = nn.pure(model)
     statistics = nn.statistics(model)
     say("model", report.model(config, params))

@@ -119,7 +119,7 @@ def train(
     """
     corpus, tokenizers = pairs(config.data)
     data = corpus if data is None else data
-    model = models.build(config.model, **vocabularies(tokenizers), seed=config.seed)
+    model = models.build(config.model, **vocabularies(tokenizers, config.data), seed=config.seed)
     apply, params = nn.pure(model)
     params = params if change is None else change(params)
     optimizer = make_optimizer(config.optimizer, config.train.steps, nn.parameter_axes(model))

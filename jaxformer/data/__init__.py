@@ -21,7 +21,13 @@ from jaxformer.data.corpus import (
     TextCorpus,
 )
 from jaxformer.data.encoding import Data, PairData, PairSplit, Stream, TextData, encode_corpus
-from jaxformer.data.given import normal_source, pair_batches, source_batches, text_batches
+from jaxformer.data.given import (
+    Source,
+    normal_source,
+    pair_batches,
+    source_batches,
+    text_batches,
+)
 from jaxformer.data.images import Images, image_height, read_image, write_image
 from jaxformer.data.load import load_corpus
 from jaxformer.data.packing import TextBatches
@@ -63,6 +69,7 @@ __all__ = [
     "PairData",
     "PairSplit",
     "Report",
+    "Source",
     "Stream",
     "TextBatches",
     "TextCorpus",

@@ -53,7 +53,7 @@ def load_digits_lines(config: DataConfig) -> LineCorpus:
         own = owners[split]
         lines = round(config.lines * shares[split]) if len(own) else 0
         random = generator(config.seed, number)
-        strung = [string_line(random, own, labels, drawn, config) for _ in range(lines)]
+        strung = string_lines(random, lines, own, labels, drawn, config.digits_per_line)
         images[split] = tuple(image for image, _ in strung)
         splits[split] = tuple(
             Example(f"{split} {line}", (" ".join(map(str, labels[members])),))
@@ -98,30 +98,49 @@ def draw_sizes(pixels: np.ndarray) -> dict[int, list[np.ndarray]]:
     return drawn
 
 
-def string_line(
+def string_lines(
     random: np.random.Generator,
+    lines: int,
     own: np.ndarray,
     labels: np.ndarray,
     drawn: dict[int, list[np.ndarray]],
-    config: DataConfig,
-) -> tuple[np.ndarray, np.ndarray]:
-    """One line, uint8[columns, HEIGHT], and the numbers of the digit images in it, all of `own`."""
-    fewest, most = config.digits_per_line
-    members = random.choice(own, random.integers(fewest, most, endpoint=True))
-    for place in range(1, len(members)):
-        if random.random() < REPEATS:
-            same = own[labels[own] == labels[members[place - 1]]]
-            members[place] = random.choice(same)
-    heights = random.integers(SMALLEST, HEIGHT, len(members), endpoint=True)
+    digits_per_line: tuple[int, int],
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Lines, uint8[columns, HEIGHT], each with the numbers of its digit images, all of `own`."""
+    fewest, most = digits_per_line
+    # All that is random in one go, as if every line had the most digits: a call a digit is slow.
+    counts = random.integers(fewest, most, lines, endpoint=True)
+    members = _choose_digits(random, (lines, most), own, labels) if lines else []
+    heights = random.integers(SMALLEST, HEIGHT, (lines, most), endpoint=True)
     tops = random.integers(0, HEIGHT - heights, endpoint=True)
-    gaps = random.integers(*GAPS, len(members) + 1, endpoint=True)
-    digits = [drawn[height][member] for height, member in zip(heights, members, strict=True)]
-    starts = gaps.cumsum()
-    starts[1:] += np.cumsum([len(digit) for digit in digits])
-    line = np.zeros((starts[-1], HEIGHT), np.uint8)
-    for start, top, digit in zip(starts[:-1], tops, digits, strict=True):
-        line[start : start + len(digit), top : top + digit.shape[1]] = digit
-    return line, members
+    gaps = random.integers(*GAPS, (lines, most + 1), endpoint=True)
+    strung = []
+    for count, *row in zip(counts, members, heights, tops, gaps, strict=True):
+        numbers, high, top, gap = (values[:count] for values in row)
+        digits = [drawn[height][number] for height, number in zip(high, numbers, strict=True)]
+        widths = np.array([len(digit) for digit in digits])
+        starts = np.cumsum(gap + np.append(0, widths[:-1]))
+        line = np.zeros((starts[-1] + widths[-1] + row[-1][count], HEIGHT), np.uint8)
+        for start, above, digit in zip(starts, top, digits, strict=True):
+            line[start : start + len(digit), above : above + digit.shape[1]] = digit
+        strung.append((line, numbers))
+    return strung
+
+
+def _choose_digits(
+    random: np.random.Generator, shape: tuple[int, int], own: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
+    """Digit images of `own`, int64[lines, digits]; `REPEATS` of them are of the class before."""
+    chosen = random.choice(own, shape)
+    repeated, shares = random.random(shape) < REPEATS, random.random(shape)
+    by_class = own[np.argsort(labels[own], kind="stable")]
+    sizes = np.bincount(labels[own], minlength=CLASSES)
+    firsts = np.cumsum(sizes) - sizes
+    for place in range(1, shape[1]):
+        before = labels[chosen[:, place - 1]]
+        same = by_class[firsts[before] + (shares[:, place] * sizes[before]).astype(np.int64)]
+        chosen[:, place] = np.where(repeated[:, place], same, chosen[:, place])
+    return chosen
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:

@@ -71,6 +71,12 @@ class PairSplit:
     item_example: np.ndarray
     shapes: tuple[Shape, ...] = field(default=())
 
+    def source(self, example: int) -> str | np.ndarray:
+        """The source of an example as it was read: a text, or an image uint8[columns, height]."""
+        if isinstance(self.sources, Images):
+            return self.sources[example]
+        return self.examples[example].source
+
     @property
     def item_lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Source and target length of every item, eos included, int64[items] each."""

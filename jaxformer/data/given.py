@@ -9,6 +9,7 @@ from jaxformer.config import DataConfig
 from jaxformer.data.bucketing import PairBatches
 from jaxformer.data.corpus import DataError, Example, Report
 from jaxformer.data.encoding import encode_examples
+from jaxformer.data.images import HEIGHT, Images
 from jaxformer.data.lengths import choose_shapes
 from jaxformer.data.pipeline import OnePass
 from jaxformer.data.plan import Batch
@@ -19,40 +20,30 @@ from jaxformer.data.tokenizers import EOS, PAD, SOS, Tokenizers
 SMALLEST_WIDTH = 8
 
 
+Source = str | np.ndarray
+"""A text or, where the data are images, one uint8[columns, height]."""
+
+
 def source_batches(
-    sources: Sequence[str], tokenizers: Tokenizers, config: DataConfig, *, batch_size: int
+    sources: Sequence[Source], tokenizers: Tokenizers, config: DataConfig, *, batch_size: int
 ) -> list[Batch]:
-    """Batches of sources alone, to decode: any text, seen in training or not.
+    """Batches of sources alone, to decode: any text or image, seen in training or not.
 
     Each has `source`, `source_segment_ids` int32[B, S] and `index` int32[B], the place in
-    `sources`, -1 in an empty row. Sources of like length go together. So that few shapes are
-    compiled, S is a power of two (or the longest allowed), and B is `batch_size`, or the power of
-    two that holds all sources if there are fewer. Raises DataError on an empty source and on one
-    longer than the model takes.
+    `sources`, -1 in an empty row; images are float32[B, S, height] as `PairBatches` has them.
+    Sources of like length go together. So that few shapes are compiled, S is a power of two (or the
+    longest allowed), and B is `batch_size`, or the power of two that holds all sources if there are
+    fewer. Raises DataError on an empty source, on one longer than the model takes, and on a text
+    where the data are images, or the other way round.
     """
-    if tokenizers.source is None:
-        raise ValueError("a language model has no sources to decode")
-    limit = config.max_source_length
-    sequences = []
-    for number, text in enumerate(sources, start=1):
-        normal = normal_source(text, config)
-        if not normal:
-            raise DataError(f"source {number} is empty. Fix: remove the line")
-        try:
-            sequence = tokenizers.source.encode_array(normal)
-        except UnicodeEncodeError:
-            fix = "Fix: read the sources as UTF-8"
-            raise DataError(f"source {number} is not valid Unicode: {text[:40]!r}. {fix}") from None
-        if len(sequence) + 1 > limit:
-            raise DataError(
-                f"source {number} has {len(sequence) + 1} tokens, <eos> included; the model takes "
-                f"{limit}. Fix: shorten {text[:40]!r}"
-            )
-        sequences.append(sequence)
-    if not sequences:
+    if not sources:
         return []
-    ragged = Ragged.build(sequences, len(tokenizers.source), last=EOS)
-    rows = min(batch_size, _power_of_two(len(sequences)))
+    if config.kind == "digits":
+        ragged: Ragged = _joined(sources, config.max_source_length)
+    else:
+        ragged = _encoded(sources, tokenizers, config)
+    limit = config.max_source_length
+    rows = min(batch_size, _power_of_two(len(ragged)))
     order = np.argsort(ragged.lengths, kind="stable")
     order = np.concatenate([order, np.full(-len(order) % rows, -1)])
     batches = []
@@ -70,13 +61,62 @@ def source_batches(
     return batches
 
 
+def _encoded(sources: Sequence[Source], tokenizers: Tokenizers, config: DataConfig) -> Ragged:
+    """Texts as ids, checked."""
+    if tokenizers.source is None:
+        raise ValueError("a language model has no sources to decode")
+    limit = config.max_source_length
+    sequences = []
+    for number, text in enumerate(sources, start=1):
+        if not isinstance(text, str):
+            raise DataError(f"source {number} is an image. Fix: give text, as in training")
+        normal = normal_source(text, config)
+        if not normal:
+            raise DataError(f"source {number} is empty. Fix: remove the line")
+        try:
+            sequence = tokenizers.source.encode_array(normal)
+        except UnicodeEncodeError:
+            fix = "Fix: read the sources as UTF-8"
+            raise DataError(f"source {number} is not valid Unicode: {text[:40]!r}. {fix}") from None
+        if len(sequence) + 1 > limit:
+            raise DataError(
+                f"source {number} has {len(sequence) + 1} tokens, <eos> included; the model takes "
+                f"{limit}. Fix: shorten {text[:40]!r}"
+            )
+        sequences.append(sequence)
+    return Ragged.build(sequences, len(tokenizers.source), last=EOS)
+
+
+def _joined(sources: Sequence[Source], limit: int) -> Images:
+    """Images, checked."""
+    images = []
+    for number, image in enumerate(sources, start=1):
+        if isinstance(image, str):
+            raise DataError(f"source {number} is text. Fix: give images, as in training")
+        if image.ndim != 2 or image.shape[1] != HEIGHT or image.dtype != np.uint8:
+            raise ValueError(f"an image is uint8[columns, {HEIGHT}], not {image.shape}")
+        if not 0 < len(image) <= limit:
+            raise DataError(
+                f"source {number} is {len(image)} pixels wide at a height of {HEIGHT}; the model "
+                f"takes 1 to {limit}. Fix: cut the picture to one line, or into shorter ones"
+            )
+        images.append(image)
+    return Images.join(images)
+
+
 def pair_batches(
     lines: Sequence[str], tokenizers: Tokenizers, config: DataConfig, *, batch_size: int
 ) -> Sequence[Batch]:
     """Batches of lines `source<TAB>target`, as `evaluation_batches` gives: `index` is the line.
 
-    Raises DataError on a line without a tab, an empty side, or one longer than the model takes.
+    Raises DataError on a line without a tab, an empty side, or one longer than the model takes, and
+    where the sources are images.
     """
+    if config.kind == "digits":
+        raise DataError(
+            "the sources of this run are images, which no line of text holds. "
+            "Fix: `jaxformer evaluate` scores its splits, `jaxformer predict` reads pictures"
+        )
     if tokenizers.source is None:
         raise ValueError("a language model has no pairs to score")
     examples = []

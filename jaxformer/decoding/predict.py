@@ -1,4 +1,4 @@
-"""From text to text: sources or prompts in, predictions out."""
+"""To text from text or images: sources or prompts in, predictions out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxformer.config import Config
-from jaxformer.data import Tokenizers, source_batches
+from jaxformer.data import Source, Tokenizers, source_batches
 from jaxformer.data.tokenizers import PAD, SOS
 from jaxformer.decoding.beam import Beams
 from jaxformer.decoding.generate import (
@@ -52,7 +52,7 @@ class Translator:
         self.config = config
         self.translate = _search(apply, config, n_best)
 
-    def __call__(self, params: Params, sources: Sequence[str]) -> list[list[Hypothesis]]:
+    def __call__(self, params: Params, sources: Sequence[Source]) -> list[list[Hypothesis]]:
         """The best hypotheses of each source, the best first, in the order of the sources."""
         batches = source_batches(
             sources, self.tokenizers, self.config.data, batch_size=self.config.eval.batch_size

@@ -62,9 +62,10 @@ def evaluate(
             "perplexity": perplexity(loss * tokens, tokens),
         }, []
     assert isinstance(data, PairData)
-    examples = sample_examples(data.splits[split].examples, max_examples)
+    places = sample(len(data.splits[split].examples), max_examples)
+    examples = [data.splits[split].examples[place] for place in places]
     translator = Translator(apply, tokenizers, config)
-    found = translator(params, [example.source for example in examples])
+    found = translator(params, [data.splits[split].source(place) for place in places])
     nothing = Hypothesis("", -math.inf, -math.inf)
     best = [hypotheses[0] if hypotheses else nothing for hypotheses in found]
     predictions = [hypothesis.text.split() for hypothesis in best]
@@ -77,9 +78,8 @@ def evaluate(
     }, list(zip(examples, best, strict=True))
 
 
-def sample_examples(examples: Sequence[Example], most: int | None) -> Sequence[Example]:
-    """All examples, or `most` of them at even distances (a sample that is always the same)."""
-    if most is None or most >= len(examples):
-        return examples
-    places = np.linspace(0, len(examples), most, endpoint=False).astype(int)
-    return [examples[place] for place in places]
+def sample(count: int, most: int | None) -> Sequence[int]:
+    """All of `count` places, or `most` at even distances (a sample that is always the same)."""
+    if most is None or most >= count:
+        return range(count)
+    return np.linspace(0, count, most, endpoint=False).astype(int).tolist()

@@ -11,8 +11,8 @@ from typing import Any, TypedDict
 
 from jaxformer import config as configuration
 from jaxformer import models
-from jaxformer.config import Config
-from jaxformer.data import Tokenizers
+from jaxformer.config import Config, DataConfig
+from jaxformer.data import Tokenizers, image_height
 from jaxformer.errors import JaxformerError
 from jaxformer.nn.parameters import Params, pure, statistics
 from jaxformer.training.checkpoint import Checkpoints
@@ -160,7 +160,7 @@ def load_run(path: str | Path, *, step: int | None = None) -> LoadedRun:
         raise RunError(f"{path} is not a folder; give a run folder, such as runs/g2p-...")
     config = configuration.load(folder.config)
     tokenizers = Tokenizers.load(folder.tokenizers)
-    model = models.abstract(config.model, **vocabularies(tokenizers))
+    model = models.abstract(config.model, **vocabularies(tokenizers, config.data))
     apply, template = pure(model)
     if not folder.has_checkpoint:
         raise RunError(f"{path} has no checkpoint yet")
@@ -179,15 +179,17 @@ def load_run(path: str | Path, *, step: int | None = None) -> LoadedRun:
 
 
 class Vocabularies(TypedDict):
-    """Numbers of tokens, as `models.build` takes them."""
+    """Numbers of tokens, or the height of images, as `models.build` takes them."""
 
     vocabulary: int
     source_vocabulary: int | None
+    image_height: int | None
 
 
-def vocabularies(tokenizers: Tokenizers) -> Vocabularies:
-    """The vocabulary sizes of a pair of tokenizers."""
+def vocabularies(tokenizers: Tokenizers, data: DataConfig) -> Vocabularies:
+    """What the data gives a model to read and to predict."""
     return {
         "vocabulary": len(tokenizers.target),
         "source_vocabulary": None if tokenizers.source is None else len(tokenizers.source),
+        "image_height": image_height(data),
     }
