@@ -28,7 +28,7 @@ from jaxformer.data import (
     training_batches,
 )
 from jaxformer.errors import JaxformerError
-from jaxformer.training import report
+from jaxformer.training import pictures, report
 from jaxformer.training.checkpoint import Checkpoints
 from jaxformer.training.evaluation import evaluate, make_loss, mean_loss
 from jaxformer.training.optimizer import make_optimizer, make_schedule
@@ -185,6 +185,10 @@ def train(config: Config, console: Console) -> int:
             split=split,
             max_examples=config.eval.final_examples,
         )
+        if pictures.draws_alignments(config):
+            pictures.show_split(
+                apply, evaluated, tokenizers, config, data.splits[split], decoded, folder
+            )
     report.summary(
         console,
         config,

@@ -16,17 +16,19 @@ from jaxformer.config import Config, check_decode
 from jaxformer.config import load as load_config
 from jaxformer.data import (
     Batch,
+    Source,
     encode_corpus,
     load_corpus,
     normal_source,
     pair_batches,
+    read_image,
     text_batches,
 )
 from jaxformer.data.tokenizers import UNK
 from jaxformer.decoding.generate import make_score
 from jaxformer.decoding.predict import Generator, Translator
 from jaxformer.errors import JaxformerError
-from jaxformer.training import figures
+from jaxformer.training import figures, pictures
 from jaxformer.training.evaluation import evaluate as evaluate_split
 from jaxformer.training.run import LoadedRun, RunFolder, load_run
 from jaxformer.training.tracking import read_metrics
@@ -50,7 +52,7 @@ def presets(name: Positional[str | None] = None) -> None:
 
 def predict(
     run: Positional[RunPath],
-    input: str = "-",
+    input: tuple[str, ...] = ("-",),
     beam: int | None = None,
     n_best: int = 1,
     length_penalty: float | None = None,
@@ -58,15 +60,16 @@ def predict(
     min_length: int | None = None,
     step: int | None = None,
 ) -> None:
-    """Predict the target of every line.
+    """Predict the target of every line, or of every picture of a line.
 
     Prints one line a prediction, in the order of the input. With --n-best above 1 a line is
     source, prediction and log-probability (nats), separated by tabs, and sources that have fewer
-    hypotheses have fewer lines.
+    hypotheses have fewer lines. A run on images takes PNGs, each cut to one line: of any size and
+    colour, dark on light or light on dark.
 
     Args:
         run: Run folder.
-        input: File with a source a line; - reads standard input.
+        input: Files with a source a line, - is standard input; for a run on images, PNGs.
         beam: Beam width; 1 is greedy. Default: the run's.
         n_best: Predictions a source, the best first.
         length_penalty: GNMT's alpha. Default: the run's.
@@ -85,14 +88,13 @@ def predict(
     if beam is None and n_best > config.decode.beam:
         config = _decoding(config, beam=n_best)
     translator = Translator(loaded.apply, loaded.tokenizers, config, n_best=n_best)
-    for sources in _portions(input):
-        _warn_of_unknown(loaded, sources)
-        for source, found in zip(sources, translator(loaded.params, sources), strict=True):
+    for names, sources in _sources(loaded, input):
+        for name, found in zip(names, translator(loaded.params, sources), strict=True):
             for hypothesis in found:
                 if n_best == 1:
                     print(hypothesis.text, flush=True)
                 else:
-                    print(f"{source}\t{hypothesis.text}\t{hypothesis.log_prob:.4f}", flush=True)
+                    print(f"{name}\t{hypothesis.text}\t{hypothesis.log_prob:.4f}", flush=True)
 
 
 def generate(
@@ -163,8 +165,9 @@ def evaluate(
 ) -> None:
     """Score a run on a split of its data.
 
-    Pairs: wer (share of sources whose prediction is none of the references), per (edits a
-    reference token), loss (nats a token), examples. Text: loss, bits_per_byte, perplexity.
+    Pairs: wer (share of sources whose prediction is none of the references; the string error of
+    digits), per (edits a reference token; their digit error), loss (nats a token), examples. Text:
+    loss, bits_per_byte, perplexity.
 
     Args:
         run: Run folder.
@@ -200,19 +203,23 @@ def evaluate(
 def show(
     run: Positional[RunPath],
     source: str | None = None,
+    input: Path | None = None,
     output: Path | None = None,
     step: int | None = None,
 ) -> None:
-    """Draw the loss curves or, for a source, where its prediction attended to.
+    """Draw the loss curves or, for a source, what its prediction looked at.
+
+    That is where it attended to or, with CTC, at which frames each label stands.
 
     Args:
         run: Run folder.
-        source: A source, to draw the cross-attention of its prediction as a heat map.
-        output: PNG to write. Default: loss.png or attention.png in the run folder.
+        source: A source, to draw the cross-attention of its prediction or (CTC) its alignment.
+        input: A PNG, which is the source of a run on images.
+        output: PNG to write. Default: loss.png, attention.png or alignment.png in the run folder.
         step: Checkpoint to use. Default: the one with the lowest dev loss.
     """
     folder = RunFolder(run)
-    if source is None:
+    if source is None and input is None:
         output = output or folder.loss_curve
         if not folder.metrics.exists():
             raise JaxformerError(f"{run} has no {folder.metrics.name}: is it a run folder?")
@@ -223,10 +230,41 @@ def show(
                 last = lines[-1]
                 print(f"{kind:<6}step {last['step']:,}  loss {last['loss']:.4f}")
     else:
-        output = output or folder.path / "attention.png"
-        predicted = figures.attention_map(load_run(run, step=step), source, output)
-        print(f"{source} -> {predicted}")
+        output = _show_source(load_run(run, step=step), source, input, output)
     print(output)
+
+
+def _show_source(
+    loaded: LoadedRun, source: str | None, input: Path | None, output: Path | None
+) -> Path:
+    images = loaded.config.data.kind == "digits"
+    if images != (source is None) or images != (input is not None):
+        wanted = "--input PICTURE.png" if images else "--source TEXT"
+        raise JaxformerError(f"this run reads {'images' if images else 'text'}: give {wanted}")
+    if pictures.draws_alignments(loaded.config):
+        output = output or loaded.folder.alignment
+        given = str(source) if input is None else read_image(input)
+        predicted = pictures.show_source(loaded, given, output)
+    else:
+        output = output or loaded.folder.path / "attention.png"
+        predicted = figures.attention_map(loaded, str(source), output)
+    print(f"{input or source} -> {predicted}")
+    return output
+
+
+def _sources(
+    loaded: LoadedRun, inputs: Sequence[str]
+) -> Iterator[tuple[Sequence[str], Sequence[Source]]]:
+    """What is to be predicted from, and how each is called: texts by lines, or images by files."""
+    if loaded.config.data.kind != "digits":
+        for name in inputs:
+            for lines in _portions(name):
+                _warn_of_unknown(loaded, lines)
+                yield lines, lines
+        return
+    if "-" in inputs:
+        raise JaxformerError("this run reads images: name PNGs, --input LINE.png ...")
+    yield inputs, [read_image(name) for name in inputs]
 
 
 def _portions(name: str) -> Iterator[list[str]]:

@@ -152,6 +152,8 @@ def summary(
     else:
         lines += [f"- {name}: {value:.4f}" for name, value in scores.items()]
     lines += ["", f"![loss]({folder.loss_curve.name})", ""]
+    if folder.alignment.exists():
+        lines += [f"![alignment]({folder.alignment.name})", ""]
     if decoded or samples:
         lines += ["## Samples", ""]
     if decoded:
@@ -170,8 +172,9 @@ def summary(
 
 
 def _error_table(config: Config, scores: dict[str, float]) -> list[str]:
+    digits = config.data.kind == "digits"
     lines = [
-        "| | PER % | WER % |",
+        "| | digit error % | string error % |" if digits else "| | PER % | WER % |",
         "|---|---|---|",
         f"| **this run**, beam {config.decode.beam}, {scores['examples']:,.0f} sources "
         f"| **{100 * scores['per']:.2f}** | **{100 * scores['wer']:.2f}** |",
@@ -189,6 +192,12 @@ def _next_commands(config: Config, folder: RunFolder, split: str) -> list[str]:
             f'jaxformer generate {folder.path} --prompt "..."',
             f"jaxformer evaluate {folder.path} --split {split} --json",
             f"jaxformer show {folder.path}",
+        ]
+    if config.data.kind == "digits":
+        return [
+            f"jaxformer predict {folder.path} --input {folder.line}",
+            f"jaxformer evaluate {folder.path} --split {split} --beam 4 --json",
+            f"jaxformer show {folder.path} --input {folder.line}",
         ]
     word = "serendipity" if config.data.kind == "pronunciation" else "..."
     return [

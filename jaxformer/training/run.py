@@ -65,6 +65,16 @@ class RunFolder:
         """The figure that the summary shows."""
         return self.path / "loss.png"
 
+    @property
+    def alignment(self) -> Path:
+        """The labels of a few sources in their frames (CTC)."""
+        return self.path / "alignment.png"
+
+    @property
+    def line(self) -> Path:
+        """A held-out image, to predict from (digits)."""
+        return self.path / "line.png"
+
 
 def open_run(config: Config) -> tuple[Config, RunFolder]:
     """The run folder of a configuration, and the configuration with its name filled in.
