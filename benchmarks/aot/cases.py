@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jaxformer_kernels import Dropout, Mask, attention, tuning
 from jaxformer_kernels.attention import api as attention_api
 from jaxformer_kernels.attention import shapes as attention_shapes
+from jaxformer_kernels.ctc import api as ctc_api
+from jaxformer_kernels.ctc import shapes as ctc_shapes
 from jaxformer_kernels.decode_attention import api as decode_api
 from jaxformer_kernels.decode_attention import shapes as decode_shapes
 from jaxformer_kernels.linear_cross_entropy import api as projection_api
@@ -57,6 +59,7 @@ def all_cases(implementation: str) -> list[Case]:
         (attention_api.IMPLEMENTATIONS, attention_cases),
         (decode_api.IMPLEMENTATIONS, decode_cases),
         (projection_api.IMPLEMENTATIONS, projection_cases),
+        (ctc_api.IMPLEMENTATIONS, ctc_cases),
     ):
         if implementation in implementations:
             found += cases(implementation)
@@ -128,6 +131,23 @@ def projection_cases(implementation: str) -> Iterator[Case]:
             build=functools.partial(_projection, implementation, shape),
             small=name == "llama3_8b",
         )
+
+
+def ctc_cases(implementation: str) -> Iterator[Case]:
+    """The named shapes in float32, and one in bfloat16."""
+    calls = [(name, "float32") for name in ctc_shapes.SHAPES] + [("word_pieces", "bfloat16")]
+    for name, dtype in calls:
+        for passes in (FORWARD, BACKWARD):
+            yield Case(
+                op="ctc_loss",
+                call=name,
+                passes=passes,
+                dtype=dtype,
+                build=functools.partial(
+                    _ctc, implementation, ctc_shapes.SHAPES[name], dtype, passes
+                ),
+                small=(name, dtype) == ("word_pieces", "float32"),
+            )
 
 
 def _int32(*shape):
@@ -232,3 +252,17 @@ def _projection(implementation, shape):
         )
 
     return forward, (arrays,)
+
+
+def _ctc(implementation, shape, dtype, passes):
+    arrays = {
+        "logit_lengths": _int32(shape.B),
+        "labels": _int32(shape.B, shape.N),
+        "label_lengths": _int32(shape.B),
+    }
+
+    def forward(logits, arrays):
+        return ctc_api.ctc_loss(logits, **arrays, implementation=implementation)
+
+    logits = jax.ShapeDtypeStruct((shape.B, shape.T, shape.V), dtype)
+    return _passes(forward, logits, arrays, passes)

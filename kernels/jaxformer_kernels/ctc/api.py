@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer_kernels import _compat, dispatch
-from jaxformer_kernels.ctc import reference, xla
+from jaxformer_kernels.ctc import mosaic_tpu, reference, xla
 from jaxformer_kernels.ctc.call import describe
 
 IMPLEMENTATIONS = {
     "xla": xla.IMPLEMENTATION,
+    "mosaic_tpu": mosaic_tpu.IMPLEMENTATION,
     "reference": reference.IMPLEMENTATION,
 }
 
-ORDER = {"default": ("xla",)}
+ORDER = {"tpu": ("mosaic_tpu", "xla"), "default": ("xla",)}
 
 
 def ctc_loss(
@@ -55,7 +56,8 @@ def ctc_loss(
         label_lengths: integer [B], 0 to N: the labels of each row, which stand first.
         blank: the class that stands for no label.
         zero_infinity: give 0 instead of +inf to labels that no path spells.
-        implementation: "xla", "reference", or None for the platform's best that can do the call.
+        implementation: "xla", "mosaic_tpu", "reference", or None for the platform's best that can
+            do the call.
 
     Returns:
         [B] float32 (float64 for float64 logits), in nats.

@@ -40,12 +40,12 @@ def differentiable(ahead, back):
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def run(blank, logits, logit_lengths, labels, label_lengths):
         lse, rows = _prepare(blank, logits, logit_lengths, labels, label_lengths)
-        last, _ = ahead(rows)
+        last, _ = ahead(rows, keep=False)
         return _loss(_probability(last, label_lengths), _broken(lse, logit_lengths))
 
     def forward(blank, logits, logit_lengths, labels, label_lengths):
         lse, rows = _prepare(blank, logits, logit_lengths, labels, label_lengths)
-        last, path = ahead(rows)
+        last, path = ahead(rows, keep=True)
         probability = _probability(last, label_lengths)
         broken = _broken(lse, logit_lengths)
         shares = back(rows, path, probability)
@@ -65,8 +65,8 @@ def differentiable(ahead, back):
     return run
 
 
-def ahead(rows: Rows):
-    """(last, path): the states' numbers after the last frame, and after every frame.
+def ahead(rows: Rows, keep: bool):
+    """(last, path): the states' numbers after the last frame and, if to keep, after every frame.
 
     Both are (blanks, labels), numbers [B, N + 1] and [T, B, N + 1]. Place k of blanks is the blank
     before label k; the last place of labels is of no meaning.
@@ -78,7 +78,7 @@ def ahead(rows: Rows):
         after = advance(state, frame, rows.skip, _up)
         now = (time < rows.frame_count)[:, None]
         state = jax.tree.map(lambda x, y: jnp.where(now, x, y), after, state)
-        return state, state
+        return state, state if keep else None
 
     return lax.scan(step, state, (jnp.arange(rows.frames[0].shape[0]), rows.frames))
 
@@ -95,10 +95,10 @@ def back(rows: Rows, path, probability):
 
     def step(state, inputs):
         time, frame, here = inputs
-        rest = retreat(state, skip, _down)
         is_last = (time == rows.frame_count - 1)[:, None]
-        rest = jax.tree.map(lambda x, y: jnp.where(is_last, x, y), ending, rest)
-        return with_frame(rest, frame), tuple(map(functools.partial(share, whole), here, rest))
+        rest = jax.tree.map(lambda x, y: jnp.where(is_last, x, y), ending, state)
+        shares = tuple(map(functools.partial(share, whole), here, rest))
+        return retreat(with_frame(rest, frame), skip, _down), shares
 
     zero = jnp.zeros_like(rows.skip)
     nothing = zero, zero - jnp.inf
