@@ -186,9 +186,7 @@ def train(config: Config, console: Console) -> int:
             max_examples=config.eval.final_examples,
         )
         if pictures.draws_alignments(config):
-            pictures.show_split(
-                apply, evaluated, tokenizers, config, data.splits[split], decoded, folder
-            )
+            pictures.show_split(apply, evaluated, tokenizers, config, data, split, decoded, folder)
     report.summary(
         console,
         config,

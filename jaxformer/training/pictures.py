@@ -12,7 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxformer.config import Config
-from jaxformer.data import EOS, PAD, SOS, Example, PairSplit, Source, Tokenizers, source_batches
+from jaxformer.data import (
+    EOS,
+    PAD,
+    SOS,
+    Data,
+    Example,
+    PairData,
+    Source,
+    Tokenizers,
+    source_batches,
+)
 from jaxformer.data.images import INK, write_image
 from jaxformer.decoding.ctc_align import Alignment, ctc_align
 from jaxformer.decoding.predict import Hypothesis, PredictionError, Translator
@@ -118,7 +128,8 @@ def show_split(
     params: Params,
     tokenizers: Tokenizers,
     config: Config,
-    split: PairSplit,
+    data: Data,
+    split: str,
     decoded: Sequence[tuple[Example, Hypothesis]],
     folder: RunFolder,
 ) -> None:
@@ -129,8 +140,10 @@ def show_split(
     wrong = [n for n, (example, best) in enumerate(decoded) if best.text not in example.references]
     places = np.linspace(0, len(decoded), SHOWN, endpoint=False).astype(int).tolist()
     chosen = list(dict.fromkeys([*places[: SHOWN - 1], *(wrong or places)[:1]]))
-    numbers = {id(example): number for number, example in enumerate(split.examples)}
-    sources = [split.source(numbers[id(decoded[place][0])]) for place in chosen]
+    assert isinstance(data, PairData)
+    encoded = data.splits[split]
+    numbers = {id(example): number for number, example in enumerate(encoded.examples)}
+    sources = [encoded.source(numbers[id(decoded[place][0])]) for place in chosen]
     found = align(apply, params, tokenizers, config, sources)
     titles = []
     for aligned, place in zip(found, chosen, strict=True):
