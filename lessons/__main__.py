@@ -1,12 +1,14 @@
 """`python -m lessons [NUMBER ...]`: makes the pages of docs/lessons."""
 
 import argparse
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from lessons.framework import PAGES, LessonError, all_lessons, duration, index, make, publish
+from lessons.runs import FOLDER
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,10 +19,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="seconds, not minutes: a try-out")
     parser.add_argument("--render", action="store_true", help="from the numbers that are there")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path, help="trained models, else runs/lessons")
     parser.add_argument("--folder", type=Path, help="else docs/lessons, or a temporary one (small)")
     given = parser.parse_args(arguments)
     if unknown := set(given.numbers) - set(lessons):
         parser.error(f"no lesson {sorted(unknown)}; there are {sorted(lessons)}")
+    if given.runs:
+        os.environ[FOLDER] = str(given.runs.resolve())
     folder = given.folder or (Path(tempfile.mkdtemp(prefix="lessons-")) if given.small else PAGES)
     status = 0
     for number in given.numbers or sorted(lessons):
