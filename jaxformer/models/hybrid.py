@@ -108,10 +108,10 @@ class Hybrid(SourceDecoder):
         inputs: Int[Array, "B T"],
         *,
         source_segment_ids: Int[Array, "B S"] | None = None,
-    ) -> Float[Array, "L B T N S"]:
+    ) -> Float[Array, "L B T N _"]:
         """How much each target place attends to each source token, by layer and head.
 
-        That to a token is the sum of that to its frames. Of an image, S counts frames.
+        That to a token is the sum of that to its frames. Of an image it is that to each frame.
         """
         weights = super().cross_attention_weights(
             source, inputs, source_segment_ids=source_segment_ids

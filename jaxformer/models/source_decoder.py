@@ -38,8 +38,8 @@ class SourceDecoder(nnx.Module):
         inputs: Int[Array, "B T"],
         *,
         source_segment_ids: Int[Array, "B S"] | None = None,
-    ) -> Float[Array, "L B T N S"]:
-        """How much each target place attends to each source token, by layer and head."""
+    ) -> Float[Array, "L B T N Z"]:
+        """How much each target place attends to each place of the source, by layer and head."""
         memory, memory_segment_ids = self._memory(source, source_segment_ids)
         record: list[Array] = []
         self.decoder(
