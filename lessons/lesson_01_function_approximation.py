@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from matplotlib.axes import Axes
 
 from jaxformer import nn
 from lessons.drawing import legend, line, panels
@@ -187,7 +188,7 @@ def draw_errors(results: Results) -> Any:
     )  # fmt: skip
     left.axhline(proxy["expected"], color="#D55E00", linestyle="--", label="expected divergence")
     left.set(title="a function chosen before the data", xlabel="points", ylabel="squared error")
-    left.set_xscale("log", base=4)
+    label_sizes(left, proxy["sizes"])
     legend(left)
     for number, (width, found) in enumerate(results["errors"].items()):
         for name, dash in (("true", "-"), ("train", ":")):
@@ -200,11 +201,19 @@ def draw_errors(results: Results) -> Any:
         "variance of the noise", (results["sizes"][-1], floor), (0, -10),
         textcoords="offset points", fontsize=8, color="0.4", ha="right",
     )  # fmt: skip
-    right.set(title="functions fitted to the data", xlabel="training points", yscale="log")
-    right.set_xscale("log", base=4)
+    right.set(title="functions fitted to the data", xlabel="training points")
+    label_sizes(right, results["sizes"][::2])
+    right.set_yscale("log")
     right.set_ylim(floor / 30, 60 * floor)
     legend(right, fontsize=7.5)
     return figure
+
+
+def label_sizes(axis: Axes, sizes: list[int]) -> None:
+    """A logarithmic axis with the numbers of points written out."""
+    axis.set_xscale("log")
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.minorticks_off()
 
 
 def draw_fits(results: Results) -> Any:

@@ -1,9 +1,10 @@
 """Training for lessons: the library's models on its data, and any small objective in one scan."""
 
+import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,36 +112,62 @@ def train(
     *,
     data: PairData | None = None,
     change: Callable[[Params], Params] | None = None,
+    watch: Callable[[int, Params], None] | None = None,
 ) -> Trained:
     """Trains as train.py does, on `config.data`, without a run folder.
 
     `data` takes the place of the corpus (encoded with its tokenizers); `change` that of the initial
-    parameters.
+    parameters. `watch` is called after each step with the steps done and the parameters.
+    """
+    [trained] = train_seeds(config, [config.seed], data=data, change=change, watch=watch)
+    return trained
+
+
+def train_seeds(
+    config: Config,
+    seeds: Sequence[int],
+    *,
+    data: PairData | None = None,
+    change: Callable[[Params], Params] | None = None,
+    watch: Callable[[int, Params], None] | None = None,
+) -> list[Trained]:
+    """As `train`, once a seed (of parameters and data order) with one compiled step.
+
+    The models share one `apply`, so a function of it and parameters is compiled once as well.
     """
     corpus, tokenizers = pairs(config.data)
     data = corpus if data is None else data
-    model = models.build(config.model, **vocabularies(tokenizers, config.data), seed=config.seed)
-    apply, params = nn.pure(model)
-    params = params if change is None else change(params)
+    sizes = vocabularies(tokenizers, config.data)
+    model = models.abstract(config.model, **sizes)
+    apply, _ = nn.pure(model)
     optimizer = make_optimizer(config.optimizer, config.train.steps, nn.parameter_axes(model))
     schedule = make_schedule(config.optimizer, config.train.steps)
     step = jax.jit(
         make_train_step(apply, optimizer, schedule, config.train, config.seed), donate_argnums=0
     )
-    state, history = init_state(params, optimizer), []
     rows = config.train.batch_size * config.train.accumulation
-    started = time.perf_counter()
-    with training_batches(data, config.data, batch_size=rows, seed=config.seed) as batches:
-        for _ in range(config.train.steps):
-            state, metrics = step(state, next(batches))
-            history.append(metrics)
-        history = jax.device_get(history)
-    return Trained(
-        config=config,
-        apply=apply,
-        params=state.evaluated,
-        tokenizers=tokenizers,
-        data=data,
-        metrics={name: np.array([float(entry[name]) for entry in history]) for name in history[0]},
-        seconds=time.perf_counter() - started,
-    )
+    found = []
+    for seed in seeds:
+        _, params = nn.pure(models.build(config.model, **sizes, seed=seed))
+        params = params if change is None else change(params)
+        state, history = init_state(params, optimizer), []
+        started = time.perf_counter()
+        with training_batches(data, config.data, batch_size=rows, seed=seed) as batches:
+            for number in range(config.train.steps):
+                state, metrics = step(state, next(batches))
+                history.append(metrics)
+                if watch is not None:
+                    watch(number + 1, state.params)
+            history = jax.device_get(history)
+        found.append(
+            Trained(
+                config=dataclasses.replace(config, seed=seed),
+                apply=apply,
+                params=state.evaluated,
+                tokenizers=tokenizers,
+                data=data,
+                metrics={name: np.array([float(h[name]) for h in history]) for name in history[0]},
+                seconds=time.perf_counter() - started,
+            )
+        )
+    return found
