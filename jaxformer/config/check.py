@@ -91,7 +91,11 @@ def check(config: Config) -> Config:
         "data.kind='pairs' needs data.files, for example --data.files pairs.tsv",
     )
     _require(data.buckets > 0, "data.buckets must be positive")
-    _require(data.split == "hash" or data.kind == "text", "data.split='tail' is for text only")
+    _require(
+        data.split == "hash" or data.kind in ("text", "digits"),
+        "data.split='tail' is for text only (and digits)",
+    )
+    _check_digits(config)
     check_decode(config)
     _require(config.optimizer.learning_rate > 0, "optimizer.learning_rate must be positive")
     _require(config.optimizer.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
@@ -124,6 +128,24 @@ def _check_ctc(config: Config) -> None:
             frames <= model.max_length,
             f"data.max_source_length={data.max_source_length} times model.ctc.upsample="
             f"{ctc.upsample} is {frames} frames, more than model.max_length={model.max_length}",
+        )
+
+
+def _check_digits(config: Config) -> None:
+    data = config.data
+    fewest, most = data.digits_per_line
+    _require(data.lines > 0, f"data.lines must be positive, not {data.lines}")
+    _require(
+        0 < fewest <= most,
+        f"data.digits_per_line={data.digits_per_line} must be two positive numbers, the larger "
+        "last",
+    )
+    _require(data.seed >= 0, f"data.seed={data.seed} must not be negative")
+    for name in ("files", "dev_files", "test_files"):
+        _require(
+            data.kind != "digits" or not getattr(data, name),
+            f"data.{name} is not for data.kind='digits', whose images are scikit-learn's: leave "
+            "it out",
         )
 
 
