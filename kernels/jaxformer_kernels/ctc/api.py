@@ -24,8 +24,8 @@ def ctc_loss(
     labels,
     label_lengths,
     *,
-    blank: int = 0,
-    zero_infinity: bool = False,
+    blank=0,
+    zero_infinity=False,
     implementation: str | None = None,
 ) -> jax.Array:
     """Minus the log-probability of label sequences whose alignment to the frames is not known.
