@@ -66,7 +66,7 @@ class RecurrentConfig:
     input_feeding: bool = True
     """Each step is also given the attentional state of the step before; not for context=final."""
     bidirectional: bool = True
-    """The encoder reads the source from both ends."""
+    """The encoder reads the source from both ends, each with half the width."""
 
 
 @dataclass(frozen=True)

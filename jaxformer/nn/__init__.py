@@ -5,7 +5,7 @@ Axis letters, used in names, annotations and docstrings of the whole project:
     B batch               T query / target length   S key / source length
     D model width         N query heads             K key-value heads
     H head dimension      F feed-forward width      V vocabulary
-    L layers              E experts
+    L layers              E experts               R reading directions
 
 Modules are Flax NNX modules that hold parameters, and BatchNorm its running statistics, and nothing
 else: no random state (a dropout key is an argument), no caches. `pure` splits one into a function
@@ -28,6 +28,7 @@ from jaxformer.nn.parameters import (
     statistics,
     with_statistics,
 )
+from jaxformer.nn.recurrent import LSTMStack
 from jaxformer.nn.stack import run_layers, stack_layers
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Embedding",
     "FeedForward",
     "GroupNorm",
+    "LSTMStack",
     "LayerNorm",
     "Linear",
     "RMSNorm",
