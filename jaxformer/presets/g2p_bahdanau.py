@@ -1,6 +1,8 @@
 """Spelling to pronunciation by LSTMs with Bahdanau's attention ("additive" scores).
 
-About 0.97 M parameters, CMUdict without stress, split by word.
+0.97 M parameters, CMUdict without stress, split by word. Measured, one seed, on the 6,244 test
+words with beam 4: 32.69 % word and 8.10 % phoneme error, after 2,400 steps in 5.3 minutes on two
+CPU cores that had other work beside.
 """
 
 import dataclasses

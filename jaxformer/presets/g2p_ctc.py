@@ -3,6 +3,9 @@
 CMUdict without stress, split by word. Every letter, and the <eos> behind them, becomes two frames:
 of the 120,317 training pairs 22 then still have more phonemes (and repeats) than frames, of the
 test pairs 1; with a frame a letter there are 370 and 15.
+
+1.00 M parameters. Measured, one seed, on the 6,244 test words with a prefix beam of 4: 30.32 % word
+and 6.85 % phoneme error, after 2,400 steps in 12.9 minutes on two busy CPU cores.
 """
 
 import dataclasses

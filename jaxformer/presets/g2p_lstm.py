@@ -1,6 +1,8 @@
 """Spelling to pronunciation by LSTMs whose decoder sees the encoder's final state alone.
 
-About 0.94 M parameters, CMUdict without stress, split by word.
+0.94 M parameters, CMUdict without stress, split by word. Measured, one seed, on the 6,244 test
+words with beam 4: 39.77 % word and 10.74 % phoneme error, after 2,400 steps in 4.4 minutes on two
+CPU cores that had other work beside.
 """
 
 import dataclasses

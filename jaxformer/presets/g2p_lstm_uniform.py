@@ -1,6 +1,8 @@
 """Spelling to pronunciation by LSTMs whose decoder sees the mean of the encoder's states.
 
-About 0.88 M parameters, CMUdict without stress, split by word.
+0.88 M parameters, CMUdict without stress, split by word. Measured, one seed, on the 6,244 test
+words with beam 4: 36.61 % word and 9.76 % phoneme error, after 2,400 steps in 4.4 minutes on two
+CPU cores that had other work beside.
 """
 
 import dataclasses

@@ -1,6 +1,8 @@
 """Spelling to pronunciation by LSTMs with Luong's attention ("general" scores, input feeding).
 
-About 0.93 M parameters, CMUdict without stress, split by word.
+0.93 M parameters, CMUdict without stress, split by word. Measured, one seed, on the 6,244 test
+words with beam 4: 34.72 % word and 8.92 % phoneme error, after 2,400 steps in 4.2 minutes on two
+CPU cores that had other work beside.
 """
 
 import dataclasses
