@@ -11,15 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxformer.config import CTCConfig, ModelConfig
 from jaxformer.data.tokenizers import EOS, PAD, SOS, UNK
 from jaxformer.decoding import (
     CTCPrefixScorer,
+    ctc_beam_search,
     frame_log_probs,
     joint_search,
     make_joint_translate,
+    make_score,
     make_translate,
 )
+from jaxformer.models import build
 from jaxformer.models.output import CTCFrames
+from jaxformer.nn import pure
 from tests.decoding.ctc_enumeration import label_log_probs, log_softmax, log_sum
 
 A, B = 4, 5
@@ -243,3 +248,46 @@ def test_a_weight_that_is_no_share_is_refused():
     params, (source, segments) = draw_params(0), draw_source(0)
     with pytest.raises(ValueError, match=r"weight=1\.5"):
         make_joint_translate(hybrid, ctc_weight=1.5, max_length=3)(params, source, segments)
+
+
+def test_the_librarys_own_hybrid_model_is_searched():
+    config = ModelConfig(
+        kind="hybrid",
+        layers=1,
+        encoder_layers=1,
+        width=8,
+        heads=2,
+        scan=False,
+        ctc=CTCConfig(upsample=2, weight=0.4),
+    )
+    apply, params = pure(build(config, vocabulary=VOCABULARY, source_vocabulary=9))
+    random = np.random.default_rng(0)
+    move = functools.partial(random.normal, 0, 0.5)
+    params = jax.tree.map(lambda leaf: leaf + move(size=leaf.shape).astype(np.float32), params)
+    source = jnp.asarray(random.integers(4, 9, (2, 2)))
+    segments = jnp.array([[1, 1], [1, 0]])
+    options = {"beam": EXHAUSTIVE, "max_length": LENGTH + 1, "length_penalty": 0.0}
+    found = make_joint_translate(apply, ctc_weight=0.4, **options)(params, source, segments)
+
+    # What the search adds up label by label is what the model says of the whole.
+    targets = found.tokens[:, 0]
+    batch = {
+        "source": source,
+        "source_segment_ids": segments,
+        "inputs": jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=SOS),
+        "targets": targets,
+        "weights": (jnp.arange(LENGTH + 1) <= found.lengths).astype(jnp.float32),
+    }
+    np.testing.assert_allclose(make_score(apply)(params, batch), found.log_probs[:, 0], atol=1e-5)
+
+    # With all the weight on CTC, its own search finds the same.
+    _, frames = apply(params, source, segments, LENGTH + 1, method="init_joint")
+    by_ctc = ctc_beam_search(
+        frames.logits, frames.lengths, beam=EXHAUSTIVE, max_length=LENGTH, forbidden=(SOS, EOS, UNK)
+    )
+    found = make_joint_translate(apply, ctc_weight=1.0, **options)(params, source, segments)
+    np.testing.assert_array_equal(found.lengths, by_ctc.lengths)
+    for row in range(2):
+        length = int(found.lengths[row, 0])
+        np.testing.assert_array_equal(found.tokens[row, 0, :length], by_ctc.tokens[row, 0, :length])
+    np.testing.assert_allclose(found.log_probs, by_ctc.log_probs, atol=1e-5)
