@@ -249,7 +249,7 @@ class DecodeConfig:
     beam: int = 1
     """Beam width; 1 is greedy."""
     length_penalty: float = 0.6
-    """GNMT's alpha: scores are divided by ((5 + length) / 6) ** alpha."""
+    """GNMT's alpha: scores are divided by ((5 + length) / 6) ** alpha; ctc alone has none."""
     max_length: int | None = None
     """pairs: longest output in tokens, <eos> included; None: the longest the data allows."""
     min_length: int = 0
