@@ -243,7 +243,7 @@ class RecurrentSeq2Seq(nnx.Module):
         shift = max(last + 1 - self.config.layers, 0)
         layers = [min(layer + shift, last) for layer in range(self.config.layers)]
 
-        def start(leaf: Float[Array, "L R B C"]) -> Float[Array, "L B D"]:
+        def start(leaf: Float[Array, "_ R B C"]) -> Float[Array, "L B D"]:
             return jnp.stack([jnp.concatenate(list(leaf[layer]), axis=-1) for layer in layers])
 
         return RecurrentCache(
@@ -313,15 +313,16 @@ class RecurrentSeq2Seq(nnx.Module):
             # Inputs and hidden state side by side: one product a step.
             matrices[f"layer{number}"] = jnp.concatenate([kernel, layer.recurrent_kernel[...][0]])
         xs: dict[str, Any] = {"kept": self._kept(tokens, keys[1])}
+        logits = None
         if sampled is None:
             embedded = jnp.swapaxes(self._embed(self.embedding, tokens, keys[0]), 0, 1)
             xs["gates"] = self._project_tokens(embedded)
         else:
             matrices["table"] = self.embedding.table[...]
-            constants["logits"] = jax.lax.stop_gradient(
-                self.output(cache.fed[None], self.embedding)
-            )
-            xs["tokens"], xs["sampled"] = tokens.T, sampled
+            factors = self.output(cache.fed[None], self.embedding)
+            constants["output"] = jax.lax.stop_gradient(factors.w)
+            logits = _logits(factors, config.output_scale)
+            xs |= {"tokens": tokens.T, "use": sampled.use, "chance": sampled.chance}
             kept = _kept((*tokens.shape, config.width), config.dropout, keys[0])
             xs["kept_inputs"] = None if kept is None else jnp.swapaxes(kept, 0, 1)
         plan = _Plan(
@@ -329,7 +330,7 @@ class RecurrentSeq2Seq(nnx.Module):
             feeding=self.feeding,
             dropout=config.dropout,
             embedding_scale=math.sqrt(config.width) if config.embedding_scale else 1.0,
-            output_scale=config.output_scale,
+            logits=logits,
             record=record,
         )
         carry = _Carry(_layers(cache.state), cache.fed, tokens[:, 0])
@@ -366,7 +367,8 @@ class _Plan(NamedTuple):
     feeding: bool
     dropout: float
     embedding_scale: float
-    output_scale: float
+    logits: Callable[[Array, Array], Array] | None
+    """Of an attentional state and the output matrix, where tokens are drawn from them."""
     record: bool
 
 
@@ -385,7 +387,7 @@ def _step(
     inputs = []
     gates = item.get("gates")
     if gates is None:
-        token = jnp.where(item["sampled"].use, carry.token, item["tokens"])
+        token = jnp.where(item["use"], carry.token, item["tokens"])
         embedded = multiply("table", token) * plan.embedding_scale
         inputs.append(_drop(embedded, item["kept_inputs"], plan.dropout))
     if plan.feeding:
@@ -400,11 +402,9 @@ def _step(
             inputs = [_drop(states[-1].h, item["kept"][layer + 1], plan.dropout)]
     x, weights = _look(multiply, constants["source"], states[-1].h)
     token = carry.token
-    if gates is None:
-        factors = dataclasses.replace(
-            constants["logits"], x=jax.lax.stop_gradient(x) * plan.output_scale
-        )
-        token = choose_token(factors.logits(), item["sampled"].chance)
+    if plan.logits is not None:
+        logits = plan.logits(jax.lax.stop_gradient(x), constants["output"])
+        token = choose_token(logits, item["chance"])
     return _Carry(states, x, token), (x, weights if plan.record else None)
 
 
@@ -414,6 +414,19 @@ def _look(multiply: Multiply, source: dict[str, Array], h: Array) -> tuple[Array
         return h, None
     context, weights = attend(multiply, source, h)
     return jnp.tanh(multiply("combine", jnp.concatenate([context, h], axis=-1))), weights
+
+
+def _logits(factors: LogitFactors, scale: float) -> Callable[[Array, Array], Array]:
+    """The function that these factors stand for; of their arrays it holds none."""
+    softcap, transposed, dtype = factors.softcap, factors.transposed, factors.compute_dtype
+
+    def logits(x: Float[Array, "B D"], w: Float[Array, "_ _"]) -> Float[Array, "B V"]:
+        product = LogitFactors(
+            x=x * scale, w=w, transposed=transposed, softcap=softcap, compute_dtype=dtype
+        )
+        return product.logits()
+
+    return logits
 
 
 def _kept(

@@ -5,22 +5,20 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 _NEVER_DRAWN = 2
 """<pad> and <sos>, the first two ids of every tokenizer."""
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SampledInputs:
     """What is drawn before decoding starts; time stands first."""
 
-    # Not annotated with dtypes: in the backward pass of a scan they hold cotangents.
-    use: Array
-    """bool[T, B] (in the scan [B]): whether the input is the model's own token; never the first."""
-    chance: Array
-    """float32 of the same shape in [0, 1): where in the distribution its token is drawn."""
+    use: Bool[Array, "T B"]
+    """Whether the input is the model's own token; never at the first step."""
+    chance: Float[Array, "T B"]
+    """In [0, 1): where in the distribution after this step its token is drawn."""
 
     @staticmethod
     def draw(
