@@ -111,7 +111,12 @@ def draw_alignments(
         _draw_source(above, aligned, tokenizers)
         above.set_title(title, fontsize=9, loc="left")
         _draw_frames(below, aligned, tokenizers)
-    rows[-1, 0].set_xlabel("column of pixels" if not isinstance(found[0].source, str) else "frame")
+    # One scale for all, else a short line is stretched.
+    right = max(_width(aligned) for aligned in found)
+    for axes in rows[:, 0]:
+        axes.set_xlim(0, right)
+    unit = "frame" if isinstance(found[0].source, str) else "column of pixels"
+    rows[-1, 0].set_xlabel(f"{unit} (grey: the blank)")
     figure.savefig(output, dpi=150)
 
 
@@ -185,14 +190,15 @@ def _draw_source(axes: Axes, aligned: Aligned, tokenizers: Tokenizers) -> None:
         image = INK - aligned.source.T
         extent = (0, width, len(image), 0)
         axes.imshow(image, cmap="gray", vmin=0, vmax=INK, extent=extent, aspect="auto")
-    axes.set(xlim=(0, width), xticks=[], yticks=[])
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
 
 
 def _draw_frames(axes: Axes, aligned: Aligned, tokenizers: Tokenizers) -> None:
     width, frames = _width(aligned), len(aligned.probabilities)
     step = width / frames
     middles = (np.arange(frames) + 0.5) * step
-    axes.plot(middles, aligned.probabilities[:, PAD], color="0.7", linewidth=0.8, label="blank")
+    axes.plot(middles, aligned.probabilities[:, PAD], color="0.6", linewidth=0.8)
     colours = {label: f"C{n % 10}" for n, label in enumerate(dict.fromkeys(aligned.labels))}
     for label, colour in colours.items():
         axes.plot(middles, aligned.probabilities[:, label], color=colour, linewidth=1.2)
@@ -200,5 +206,4 @@ def _draw_frames(axes: Axes, aligned: Aligned, tokenizers: Tokenizers) -> None:
         axes.axvspan(first * step, last * step, color=colours[label], alpha=0.25, linewidth=0)
         name = tokenizers.target.decode([label])
         axes.text((first + last) / 2 * step, 1.08, name, ha="center", va="bottom", fontsize=9)
-    axes.set(xlim=(0, width), ylim=(0, 1.35), yticks=[0, 0.5, 1], ylabel="probability")
-    axes.legend(loc="upper right", fontsize=7, framealpha=0.6)
+    axes.set(ylim=(0, 1.35), yticks=[0, 0.5, 1], ylabel="probability")

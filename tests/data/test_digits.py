@@ -25,7 +25,7 @@ from jaxformer.data import (
     training_batches,
     write_image,
 )
-from jaxformer.data.digits import draw_sizes, split_digits, string_lines
+from jaxformer.data.digits import draw, resampling, split_digits, string_lines
 from jaxformer.data.images import HEIGHT, resize
 
 datasets = pytest.importorskip("sklearn.datasets")
@@ -57,6 +57,10 @@ def data():
 @pytest.fixture
 def tokenizers():
     return build_tokenizers(load_corpus(dataclasses.replace(CONFIG, lines=20)), CONFIG)
+
+
+def stands_at(line, digit):
+    return np.array_equal(line[: len(digit), : digit.shape[1]], digit)
 
 
 def repeats(text):
@@ -105,32 +109,46 @@ def test_digits_cut_from_a_line_are_those_that_its_label_names(digits):
     """Every run of inked columns is found, pixel by pixel, among the digits of its own split."""
     images, labels = digits
     own = np.arange(300, 600)
-    drawn = draw_sizes(images)
+    drawings = draw(images)
     random = np.random.default_rng(0)
-    for line, members in string_lines(random, 30, own, labels, drawn, (1, 6)):
+    for line, members in string_lines(random, 30, own, labels, drawings, (1, 6)):
         assert set(members) <= set(own)
         place = 0
         for member in members:
             place += int(np.flatnonzero(line[place:].any(1))[0])
-            # An image may have a blank column within, so its size is looked up, not cut.
             fitting = [
-                (height, top)
-                for height, of_height in drawn.items()
-                for top in range(HEIGHT - height + 1)
-                if np.array_equal(
-                    line[place : place + len(of_height[member]), top : top + height],
-                    of_height[member],
-                )
+                len(digit)
+                for digit in (drawing.digit(int(member)) for drawing in drawings)
+                for top in range(HEIGHT - digit.shape[1] + 1)
+                if stands_at(line[place:, top:], digit)
             ]
-            assert fitting
-            height = max(fitting)[0]
-            place += len(drawn[height][member])
+            # A smaller digit may fit into a larger one.
+            place += max(fitting)
         assert not line[place:].any()
 
 
-def test_a_digit_at_the_height_of_the_file_is_the_files(digits):
+def test_a_digit_at_the_size_of_the_file_is_the_files(digits):
     images, _ = digits
+    rows, columns = resampling(8, 8, 1.0, 0.0)
+    np.testing.assert_allclose(np.einsum("yr,yxc,rc->yx", rows, columns, images[3]), images[3])
     np.testing.assert_allclose(resize(images[:3], 8, 8), images[:3])
+
+
+def test_digits_are_drawn_in_every_height_width_and_slant(digits):
+    """Of a bar in the middle: as high as asked, as wide, and with the top leaning to the right."""
+    bar = np.zeros((1, 8, 8))
+    bar[:, :, 3:5] = 1
+    seen = set()
+    for drawing in draw(bar):
+        picture = drawing.digit(0).T / 255.0
+        assert picture.any(0).all() and picture.any(1).all()
+        centres = (picture * np.arange(picture.shape[1])).sum(1) / picture.sum(1)
+        slant = round((centres[0] - centres[-1]) / (len(picture) - 1), 1)
+        width = 4 * picture.sum() / len(picture) ** 2
+        nearest = min((0.85, 1.0, 1.15), key=lambda wanted: abs(width - wanted))
+        assert width == pytest.approx(nearest, abs=0.07)
+        seen.add((len(picture), nearest, slant))
+    assert seen == set(itertools.product(range(9, HEIGHT + 1), (0.85, 1.0, 1.15), (-0.2, 0.0, 0.2)))
 
 
 def test_shrinking_keeps_the_mean_of_a_picture():
