@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def make(encoder, *, images, **options):
         ctc=CTCConfig(encoder=encoder, upsample=UPSAMPLE, channels=(3, 4)),
         **options,
     )
-    sources = {"image_height": HEIGHT} if images else {"source_vocabulary": SOURCES}
+    sources: dict[str, Any] = {"image_height": HEIGHT} if images else {"source_vocabulary": SOURCES}
     model = build(config, vocabulary=VOCABULARY, **sources)
     apply, params = pure(model)
     random = np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ kinds = pytest.mark.parametrize(("encoder", "images"), KINDS)
 def make(encoder, images):
     """Compiled apply, and variables away from where they start."""
     config = dataclasses.replace(CONFIG, ctc=dataclasses.replace(CONFIG.ctc, encoder=encoder))
-    sources = {"image_height": HEIGHT} if images else {"source_vocabulary": SOURCES}
+    sources: dict[str, Any] = {"image_height": HEIGHT} if images else {"source_vocabulary": SOURCES}
     model = build(config, vocabulary=VOCABULARY, **sources)
     apply, params = pure(model)
     random = np.random.default_rng(0)
