@@ -181,7 +181,8 @@ CONFIG = ModelConfig(kind="ctc", layers=1, width=8, heads=2)
 
 
 def test_abstract_model_has_the_shapes_of_the_built_one():
-    for sources in ({"image_height": HEIGHT}, {"source_vocabulary": SOURCES}):
+    kinds: list[dict[str, Any]] = [{"image_height": HEIGHT}, {"source_vocabulary": SOURCES}]
+    for sources in kinds:
         model = build(CONFIG, vocabulary=VOCABULARY, **sources)
         shapes = abstract(CONFIG, vocabulary=VOCABULARY, **sources)
         assert isinstance(shapes, EncoderCTC)
