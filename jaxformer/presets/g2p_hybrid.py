@@ -1,7 +1,10 @@
 """Spelling to pronunciation by CTC and attention together, trained and decoded jointly.
 
 CMUdict without stress, split by word; letters become two frames each, as in g2p-ctc. The objective
-is 0.3 of CTC's and 0.7 of the decoder's; the search weighs their scores alike.
+is 0.3 of CTC's and 0.7 of the decoder's; the search weighs their scores by the same shares.
+
+0.94 M parameters. Measured, one seed, on the 6,244 test words with beam 4: 29.77 % word and 7.24 %
+phoneme error, after 2,400 steps in 10.8 minutes on two busy CPU cores.
 """
 
 import dataclasses
