@@ -19,15 +19,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxformer import presets
+from jaxformer import models, nn, presets
 from jaxformer.config import Config
 from jaxformer.data import Example, Tokenizers, source_batches
 from jaxformer.decoding import Hypothesis, Translator, make_transcribe
 from jaxformer.metrics import edit_distance
 from jaxformer.nn.parameters import Params
-from jaxformer.training.run import RunFolder, load_run
+from jaxformer.training.run import RunFolder, load_run, vocabularies
 from lessons.framework import ROOT, LessonError
-from lessons.training import pairs, train, words
+from lessons.training import pairs, words
 
 FOLDER = "LESSON_RUNS"
 BATCH = 64
@@ -54,14 +54,14 @@ def runs_folder() -> Path:
     return Path(os.environ.get(FOLDER) or ROOT / "runs" / "lessons")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def trained(preset: str, *, small: bool = False) -> Run:
-    """The model of a preset, trained if it is not there; a small one has two steps behind it.
+    """The model of a preset, trained if it is not there; a small one is untrained.
 
     Raises LessonError where its training fails or is still under way.
     """
     if small:
-        return _barely_trained(preset)
+        return _untrained(preset)
     folder = RunFolder(runs_folder() / preset)
     if not folder.config.exists():
         print(f"    training {preset} into {folder.path}", flush=True)
@@ -93,8 +93,8 @@ def trained(preset: str, *, small: bool = False) -> Run:
     )
 
 
-def _barely_trained(preset: str) -> Run:
-    """The kind of model that the preset has, with little width, after two steps on few words."""
+def _untrained(preset: str) -> Run:
+    """The kind of model that the preset has, with little width, as it was drawn."""
     whole = presets.get(preset)
     if whole.data.kind == "digits":
         data = dataclasses.replace(whole.data, lines=100)
@@ -104,17 +104,15 @@ def _barely_trained(preset: str) -> Run:
         whole,
         data=data,
         model=dataclasses.replace(whole.model, layers=1, encoder_layers=1, width=16, heads=2),
-        train=dataclasses.replace(whole.train, steps=2, batch_size=8),
+        train=dataclasses.replace(whole.train, batch_size=8),
         eval=dataclasses.replace(whole.eval, batch_size=8),
     )
-    run = train(config)
-    scores = {"beam": 4, "per": 100.0, "wer": 100.0}
-    return Run(config, run.tokenizers, run.apply, run.params, run.seconds / 60, scores)
-
-
-def is_finished(preset: str) -> bool:
-    """Whether a preset was trained to its end."""
-    return RunFolder(runs_folder() / preset).summary.exists()
+    _, tokenizers = pairs(config.data)
+    model = models.build(config.model, **vocabularies(tokenizers, config.data))
+    apply, params = nn.pure(model)
+    scores = {"beam": config.decode.beam, "per": 100.0, "wer": 100.0}
+    variables = nn.with_statistics(params, nn.statistics(model))
+    return Run(config, tokenizers, apply, variables, 0.0, scores)
 
 
 def examples(run: Run, split: str, most: int) -> list[Example]:
@@ -141,9 +139,7 @@ def transcribe(run: Run, chosen: Sequence[Example], **options: Any) -> list[Hypo
     return _searched(run, search, chosen, run.params)
 
 
-def _searched(
-    run: Run, search: Any, chosen: Sequence[Example], params: Params
-) -> list[Hypothesis]:
+def _searched(run: Run, search: Any, chosen: Sequence[Example], params: Params) -> list[Hypothesis]:
     """What a search finds. All batches are of one width, so that it is compiled once.
 
     Where it finds nothing that ends, the hypothesis is empty with a log-probability of 0.
@@ -155,9 +151,7 @@ def _searched(
     for batch in batches:
         room = ((0, 0), (0, width - batch["source"].shape[1]))
         beams = jax.device_get(
-            search(
-                params, np.pad(batch["source"], room), np.pad(batch["source_segment_ids"], room)
-            )
+            search(params, np.pad(batch["source"], room), np.pad(batch["source_segment_ids"], room))
         )
         for row, index in enumerate(batch["index"]):
             if index >= 0 and np.isfinite(beams.scores[row, 0]):
