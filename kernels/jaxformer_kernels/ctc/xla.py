@@ -229,7 +229,21 @@ def _gradient(blank, logits, lse, labels, shares):
     gradient = gradient.at[:, :, blank].add((of_blank * scale).T)
     row = jnp.arange(labels.shape[0])[:, None]
     of_labels = (of_labels * scale[..., None]).transpose(1, 2, 0)
+    if dispatch.platform() != "cpu":
+        labels, of_labels = _each_once(labels, of_labels, logits.shape[2])
     return gradient.at[row, :, labels].add(of_labels, mode="drop")
+
+
+def _each_once(labels, shares, V):
+    """Labels [B, N] and shares [B, N, T] with those of equal labels together, the others at V.
+
+    A GPU adds what falls on one place in any order: of one addend there is only one.
+    """
+    place = jnp.arange(labels.shape[1])
+    first = jnp.argmax(labels[:, :, None] == labels[:, None], axis=2)
+    to_first = (first[..., None] == place).astype(shares.dtype)
+    shares = jnp.einsum("bnt,bnm->bmt", shares, to_first, precision="highest")
+    return jnp.where(first == place, labels, V), shares
 
 
 @jax.custom_jvp
