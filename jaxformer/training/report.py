@@ -48,7 +48,8 @@ def model(config: Config, params: Params) -> str:
     shape = config.model
     encoder = shape.layers if shape.encoder_layers is None else shape.encoder_layers
     layers = {"decoder": f"{shape.layers}", "ctc": f"{encoder}"}
-    depth = layers.get(shape.kind, f"{encoder} + {shape.layers}") + " layers"
+    depth = layers.get(shape.kind, f"{encoder} + {shape.layers}")
+    depth += " layer" if depth == "1" else " layers"
     return (
         f"{shape.kind}, {depth}, width {shape.width}, {count(params):,} parameters "
         f"({shape.param_dtype}, computing in {shape.compute_dtype})"
