@@ -50,6 +50,7 @@ def record(**results):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", sorted(LESSONS))
 def test_a_small_run_fills_the_whole_page(number, tmp_path):
     page = make(LESSONS[number], tmp_path, small=True)
