@@ -36,7 +36,6 @@ class Network(nnx.Module):
             if norm in kinds
             else None
         )
-        self.by_batch = norm == "batch"
         self.output = nn.Linear({"F": WIDTH}, {"V": CLASSES}, bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, training: bool = False) -> jax.Array:
@@ -52,7 +51,8 @@ class Network(nnx.Module):
             x = linear(x)
             if self.norms is not None:
                 norm = self.norms[number]
-                x = norm(x, training=training) if self.by_batch else norm(x)
+                by_batch = isinstance(norm, nn.BatchNorm)
+                x = norm(x, training=training) if by_batch else norm(x)
             found.append(x)
             x = jax.nn.relu(x)
         return found

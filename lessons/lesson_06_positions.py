@@ -34,7 +34,8 @@ def measure(*, small: bool, seed: int) -> Results:
     spellings = [word for word, _ in itertools.chain(*tested.values())]
     flat = [word for pair in pairs for word in pair]
     found: dict[str, Any] = {"errors": {}, "same_for_anagrams": {}, "loss": {}}
-    for kind, letters in [*((kind, SHORT) for kind in kinds), ("rotary", LONG)]:
+    arms: list[tuple[Position, int]] = [*((kind, SHORT) for kind in kinds), ("rotary", LONG)]
+    for kind, letters in arms:
         name = kind if letters == SHORT else CONTROL
         config = dataclasses.replace(experiment(kind, letters, small=small), seed=seed)
         runs = train_seeds(config, seeds)
