@@ -241,6 +241,12 @@ def _show_source(
     if images != (source is None) or images != (input is not None):
         wanted = "--input PICTURE.png" if images else "--source TEXT"
         raise JaxformerError(f"this run reads {'images' if images else 'text'}: give {wanted}")
+    model = loaded.config.model
+    if model.kind == "recurrent" and model.recurrent.context == "final":
+        raise JaxformerError(
+            "this run's decoder attends to nothing (model.recurrent.context='final'), so there is "
+            "nothing to draw; g2p-bahdanau and g2p-luong attend"
+        )
     if pictures.draws_alignments(loaded.config):
         output = output or loaded.folder.alignment
         given = str(source) if input is None else read_image(input)

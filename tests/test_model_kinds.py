@@ -50,12 +50,18 @@ def train(kind, folder, run, *more):
     return out.getvalue()
 
 
+def write_pairs(folder):
+    """Words over four letters, and their letters."""
+    draw = random.Random(0)
+    words = sorted({"".join(draw.choices("abcd", k=draw.randint(2, 6))) for _ in range(60)})
+    (folder / "pairs.tsv").write_text("".join(f"{w}\t{' '.join(w.upper())}\n" for w in words))
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def trained(request, tmp_path_factory):
     """(kind, run folder, its data's folder, what training printed)."""
-    folder, draw = tmp_path_factory.mktemp(request.param), random.Random(0)
-    words = sorted({"".join(draw.choices("abcd", k=draw.randint(2, 6))) for _ in range(60)})
-    (folder / "pairs.tsv").write_text("".join(f"{w}\t{' '.join(w.upper())}\n" for w in words))
+    folder = tmp_path_factory.mktemp(request.param)
+    write_pairs(folder)
     printed = train(request.param, folder, folder / "run")
     return request.param, folder / "run", folder, printed
 
@@ -148,3 +154,12 @@ def test_it_shows_where_it_looked(trained, capsys, tmp_path):
         source = ("--source", "abcd")
     ask(capsys, "show", run, *source, "--output", tmp_path / "seen.png")
     assert png.imread(tmp_path / "seen.png").shape[0] > 100
+
+
+def test_a_decoder_that_attends_to_nothing_has_nothing_to_show(tmp_path, capsys):
+    write_pairs(tmp_path)
+    options = ("--model.recurrent.context", "final", "--train.steps", "0")
+    train("recurrent", tmp_path, tmp_path / "run", *options)
+    with pytest.raises(SystemExit):
+        ask(capsys, "show", tmp_path / "run", "--source", "abcd")
+    assert "attends to nothing" in capsys.readouterr().err
