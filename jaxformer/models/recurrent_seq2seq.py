@@ -1,25 +1,24 @@
 """The recurrent encoder-decoder: LSTMs, and what the decoder sees of the source."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformer.config import ModelConfig
 from jaxformer.models.output import LogitFactors, Output
 from jaxformer.models.sampled_inputs import SampledInputs, choose_token
 from jaxformer.models.transformer import check_length, make_embedding
 from jaxformer.nn import Embedding, Linear, dropout
-from jaxformer.nn.alignment import Alignment, Memory, attend, multiply_all
+from jaxformer.nn.alignment import Alignment, Memory
+from jaxformer.nn.linear import matmul, project
 from jaxformer.nn.recurrent import LSTMLayer, LSTMStack, LSTMState, lstm, lstm_cell
-from jaxformer.nn.scan import Multiply, scan_products
 
 Module = TypeVar("Module")
 
@@ -155,13 +154,14 @@ class RecurrentSeq2Seq(nnx.Module):
         del segment_ids
         check_length(inputs.shape[1], self.config)
         keys = _split(key, 4)
-        sampled = None
-        if sampling_rate is not None:
-            if key is None:
-                raise ValueError("sampling_rate draws tokens: give a key too")
-            sampled = SampledInputs.draw(keys[3], inputs, sampling_rate, sampling_scope)
         cache = self._start(source, source_segment_ids, keys[0])
-        x, _, _ = self._decode(inputs, cache, key=keys[1], sampled=sampled)
+        if sampling_rate is None:
+            x, _, _ = self._decode(inputs, cache, keys[1])
+        elif key is None:
+            raise ValueError("sampling_rate draws tokens: give a key too")
+        else:
+            sampled = SampledInputs.draw(keys[3], inputs, sampling_rate, sampling_scope)
+            x = self._decode_sampled(inputs, cache, keys[1], sampled)
         return self.output(dropout(x, self.config.dropout, keys[2]), self.embedding)
 
     def encode(
@@ -191,7 +191,7 @@ class RecurrentSeq2Seq(nnx.Module):
                 "weights: train with context additive, dot or general to see an alignment"
             )
         cache = self._start(source, source_segment_ids, None)
-        _, _, weights = self._decode(inputs, cache, record=True)
+        _, _, weights = self._decode(inputs, cache, None)
         assert weights is not None
         return weights[None, :, :, None]
 
@@ -209,7 +209,7 @@ class RecurrentSeq2Seq(nnx.Module):
 
         With `last`, only the logits after the last of them, [B, 1, V].
         """
-        x, cache, _ = self._decode(tokens, cache)
+        x, cache, _ = self._decode(tokens, cache, None)
         if last:
             x = x[:, -1:]
         return self.output(x, self.embedding).logits(), cache
@@ -255,190 +255,148 @@ class RecurrentSeq2Seq(nnx.Module):
         )
 
     def _decode(
-        self,
-        tokens: Int[Array, "B T"],
-        cache: RecurrentCache,
-        *,
-        key: PRNGKeyArray | None = None,
-        sampled: SampledInputs | None = None,
-        record: bool = False,
+        self, tokens: Int[Array, "B T"], cache: RecurrentCache, key: PRNGKeyArray | None
     ) -> tuple[Float[Array, "B T D"], RecurrentCache, Array | None]:
         """What logits are made of, the cache after the tokens, and attention weights [B, T, S]."""
         keys = _split(key, 2)
-        if self.feeding or sampled is not None:
-            return self._decode_stepwise(tokens, cache, keys, sampled, record)
-        return self._decode_at_once(tokens, cache, keys)
+        y = jnp.swapaxes(self._embed(self.embedding, tokens, keys[0]), 0, 1)
+        return (self._decode_fed if self.feeding else self._decode_at_once)(y, cache, keys[1])
 
     def _decode_at_once(
-        self, tokens: Array, cache: RecurrentCache, keys: Any
+        self, x: Float[Array, "T B D"], cache: RecurrentCache, key: PRNGKeyArray | None
     ) -> tuple[Array, RecurrentCache, Array | None]:
         """Layer after layer over all steps, then all of attention: no step needs the one before."""
-        x = jnp.swapaxes(self._embed(self.embedding, tokens, keys[0]), 0, 1)
-        layer_keys = _split(keys[1], self.config.layers)
+        keys = _split(key, self.config.layers)
         states = _layers(cache.state)
         for number, layer in enumerate(self.decoder.values()):
             if number:
-                x = dropout(x, self.config.dropout, layer_keys[number])
+                x = dropout(x, self.config.dropout, keys[number])
             x, states[number] = lstm(
                 layer.project(x),
                 layer.recurrent_kernel[...][0],
                 initial=states[number],
                 compute_dtype=self.config.compute_dtype,
             )
-        h = jnp.swapaxes(x, 0, 1)
-        cache = dataclasses.replace(cache, state=_stacked(states))
-        matrices, constants = self._source(cache.memory)
-        x, weights = _look(multiply_all(matrices, self.config.compute_dtype), constants, h)
-        return x, cache, weights
+        x, weights = self._attend(cache.memory, jnp.swapaxes(x, 0, 1))
+        return x, dataclasses.replace(cache, state=_stacked(states)), weights
 
-    def _decode_stepwise(
-        self,
-        tokens: Array,
-        cache: RecurrentCache,
-        keys: Any,
-        sampled: SampledInputs | None,
-        record: bool,
+    def _decode_fed(
+        self, y: Float[Array, "T B D"], cache: RecurrentCache, key: PRNGKeyArray | None
     ) -> tuple[Array, RecurrentCache, Array | None]:
-        """One step after the other: a step's input is made of what came out before it."""
-        config = self.config
-        matrices, source = self._source(cache.memory)
-        constants: dict[str, Any] = {
-            "source": source,
-            "biases": [layer.bias[...][0].astype(jnp.float32) for layer in self.decoder.values()],
-        }
+        """Step after step: each is given the attentional state of the one before it."""
+        width = self.config.width
+        # What tokens add to the first layer's gates is known before; a step multiplies the rest.
+        gates = self.decoder["0"].project(y, inputs=slice(width))
+        kernels = self._fused_kernels(slice(width, None))
+
+        def step(carry: Any, item: Any) -> Any:
+            states, fed = carry
+            gates, masks = item
+            states = self._advance(kernels, states, fed, gates, masks)
+            x, weights = self._attend(cache.memory, states[-1].h)
+            return (states, x), (x, weights)
+
+        carry = _layers(cache.state), cache.fed
+        masks = self._masks_between(gates.shape[:2], key)
+        (states, fed), (x, weights) = jax.lax.scan(step, carry, (gates, masks))
+        cache = dataclasses.replace(cache, state=_stacked(states), fed=fed)
+        return jnp.swapaxes(x, 0, 1), cache, jnp.swapaxes(weights, 0, 1)
+
+    def _decode_sampled(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: RecurrentCache,
+        key: PRNGKeyArray,
+        sampled: SampledInputs,
+    ) -> Float[Array, "B T D"]:
+        """Step after step: where `sampled` says so, one reads what is drawn after the one before.
+
+        Under the same key, dropout leaves out what it does in `_decode`.
+        """
+        keys = _split(key, 2)
+        kernels = self._fused_kernels()
+        gates = self.decoder["0"].bias[...][0].astype(jnp.float32)
+
+        def step(carry: Any, item: Any) -> Any:
+            states, fed, drawn = carry
+            token, use, chance, mask, masks = item
+            y = self._scaled(self.embedding(jnp.where(use, drawn, token)))
+            inputs = [_masked(y, mask), fed] if self.feeding else [_masked(y, mask)]
+            inputs = jnp.concatenate(inputs, axis=-1)
+            states = self._advance(kernels, states, inputs, gates, masks)
+            x, _ = self._attend(cache.memory, states[-1].h)
+            # A draw has no gradient, so nothing that leads to it needs one.
+            logits = jax.lax.stop_gradient(self.output(x[:, None], self.embedding)).logits()
+            return (states, x, choose_token(logits[:, 0], chance)), x
+
+        rows, steps = tokens.shape
+        mask = _dropout_mask((rows, steps, self.config.width), self.config.dropout, keys[0])
+        mask = None if mask is None else jnp.swapaxes(mask, 0, 1)
+        masks = self._masks_between((steps, rows), keys[1])
+        carry = _layers(cache.state), cache.fed, tokens[:, 0]
+        items = tokens.T, sampled.use, sampled.chance, mask, masks
+        _, x = jax.lax.scan(step, carry, items)
+        return jnp.swapaxes(x, 0, 1)
+
+    def _fused_kernels(self, inputs: slice = slice(None)) -> list[Array]:
+        """[W; U] of every layer; of the first layer's W only the rows `inputs`."""
+        first, *rest = self.decoder.values()
+        return [first.fused_kernel(inputs), *(layer.fused_kernel() for layer in rest)]
+
+    def _advance(
+        self,
+        kernels: list[Array],
+        states: list[LSTMState],
+        x: Float[Array, "B _"],
+        gates: Float[Array, "*B F"],
+        masks: list[Array | None],
+    ) -> list[LSTMState]:
+        """The states of all layers after one more step.
+
+        x is what the first layer multiplies, `gates` what it adds to that: its bias at least.
+        """
+        after = []
         for number, layer in enumerate(self.decoder.values()):
-            kernel = layer.kernel[...][0]
-            if number == 0 and sampled is None:
-                kernel = kernel[config.width :]
-            # Inputs and hidden state side by side: one product a step.
-            matrices[f"layer{number}"] = jnp.concatenate([kernel, layer.recurrent_kernel[...][0]])
-        xs: dict[str, Any] = {"kept": self._kept(tokens, keys[1])}
-        logits = None
-        if sampled is None:
-            embedded = jnp.swapaxes(self._embed(self.embedding, tokens, keys[0]), 0, 1)
-            xs["gates"] = self._project_tokens(embedded)
-        else:
-            matrices["table"] = self.embedding.table[...]
-            factors = self.output(cache.fed[None], self.embedding)
-            constants["output"] = jax.lax.stop_gradient(factors.w)
-            logits = _logits(factors, config.output_scale)
-            xs |= {"tokens": tokens.T, "use": sampled.use, "chance": sampled.chance}
-            kept = _kept((*tokens.shape, config.width), config.dropout, keys[0])
-            xs["kept_inputs"] = None if kept is None else jnp.swapaxes(kept, 0, 1)
-        plan = _Plan(
-            layers=config.layers,
-            feeding=self.feeding,
-            dropout=config.dropout,
-            embedding_scale=math.sqrt(config.width) if config.embedding_scale else 1.0,
-            logits=logits,
-            record=record,
-        )
-        carry = _Carry(_layers(cache.state), cache.fed, tokens[:, 0])
-        carry, (x, weights) = scan_products(
-            functools.partial(_step, plan), config.compute_dtype, matrices, constants, carry, xs
-        )
-        cache = dataclasses.replace(cache, state=_stacked(carry.states), fed=carry.fed)
-        weights = None if weights is None else jnp.swapaxes(weights, 0, 1)
-        return jnp.swapaxes(x, 0, 1), cache, weights
+            if number:
+                x = _masked(x, masks[number - 1])
+                gates = layer.bias[...][0].astype(jnp.float32)
+            h, c = states[number]
+            product = matmul(
+                jnp.concatenate([x, h], axis=-1), kernels[number], self.config.compute_dtype
+            )
+            after.append(lstm_cell(gates + product, c))
+            x = after[-1].h
+        return after
 
-    def _source(self, memory: Memory | None) -> tuple[dict[str, Array], dict[str, Array]]:
-        """What `_look` multiplies by, and what else it needs; nothing where it sees nothing."""
+    def _attend(
+        self, memory: Memory | None, h: Float[Array, "B *T D"]
+    ) -> tuple[Float[Array, "B *T D"], Float[Array, "B *T S"] | None]:
+        """The attentional state tanh([c; h] W) and the weights; h where nothing is seen."""
         if self.alignment is None or self.combine is None or memory is None:
-            return {}, {}
-        matrices = self.alignment.matrices(memory) | {"combine": self.combine.kernel[...]}
-        return matrices, self.alignment.constants(memory)
+            return h, None
+        context, weights = self.alignment.attend(memory, h)
+        both = jnp.concatenate([context, h], axis=-1)
+        kernel = self.combine.kernel[...]
+        return jnp.tanh(project(both, kernel, self.config.compute_dtype)), weights
 
-    def _project_tokens(self, embedded: Float[Array, "T B D"]) -> Float[Array, "T B F"]:
-        """The first layer's product with the tokens, which are known, of all steps."""
-        layer = self.decoder["0"]
-        return layer.project(embedded, inputs=slice(0, self.config.width))
-
-    def _kept(self, tokens: Array, key: PRNGKeyArray | None) -> list[Array | None]:
-        """Which elements dropout between layers keeps, by layer, of all steps."""
-        shape = (tokens.shape[1], tokens.shape[0], self.config.width)
-        keys = _split(key, self.config.layers)
-        return [None, *(_kept(shape, self.config.dropout, key) for key in keys[1:])]
+    def _masks_between(
+        self, shape: tuple[int, ...], key: PRNGKeyArray | None
+    ) -> list[Float[Array, "T B D"] | None]:
+        """What dropout multiplies by after each layer but the last, of all steps."""
+        keys = _split(key, self.config.layers)[1:]
+        return [_dropout_mask((*shape, self.config.width), self.config.dropout, k) for k in keys]
 
 
-class _Plan(NamedTuple):
-    """What a step is to do, known before anything is traced."""
-
-    layers: int
-    feeding: bool
-    dropout: float
-    embedding_scale: float
-    logits: Callable[[Array, Array], Array] | None
-    """Of an attentional state and the output matrix, where tokens are drawn from them."""
-    record: bool
-
-
-class _Carry(NamedTuple):
-    states: list[LSTMState]
-    """Of every layer."""
-    fed: Float[Array, "B D"]
-    token: Int[Array, " B"]
-    """Drawn after the step before."""
-
-
-def _step(
-    plan: _Plan, multiply: Multiply, constants: Any, carry: _Carry, item: Any
-) -> tuple[_Carry, tuple[Array, Array | None]]:
-    """One target token: through the layers, then a look at the source."""
-    inputs = []
-    gates = item.get("gates")
-    if gates is None:
-        token = jnp.where(item["use"], carry.token, item["tokens"])
-        embedded = multiply("table", token) * plan.embedding_scale
-        inputs.append(_drop(embedded, item["kept_inputs"], plan.dropout))
-    if plan.feeding:
-        inputs.append(carry.fed)
-    states = []
-    for layer in range(plan.layers):
-        before = carry.states[layer]
-        product = multiply(f"layer{layer}", jnp.concatenate([*inputs, before.h], axis=-1))
-        known = gates if layer == 0 and gates is not None else constants["biases"][layer]
-        states.append(lstm_cell(product + known, before.c))
-        if layer + 1 < plan.layers:
-            inputs = [_drop(states[-1].h, item["kept"][layer + 1], plan.dropout)]
-    x, weights = _look(multiply, constants["source"], states[-1].h)
-    token = carry.token
-    if plan.logits is not None:
-        logits = plan.logits(jax.lax.stop_gradient(x), constants["output"])
-        token = choose_token(logits, item["chance"])
-    return _Carry(states, x, token), (x, weights if plan.record else None)
-
-
-def _look(multiply: Multiply, source: dict[str, Array], h: Array) -> tuple[Array, Array | None]:
-    """The attentional state tanh([c; h] W) and the attention weights; h where nothing is seen."""
-    if not source:
-        return h, None
-    context, weights = attend(multiply, source, h)
-    return jnp.tanh(multiply("combine", jnp.concatenate([context, h], axis=-1))), weights
-
-
-def _logits(factors: LogitFactors, scale: float) -> Callable[[Array, Array], Array]:
-    """The function that these factors stand for; of their arrays it holds none."""
-    softcap, transposed, dtype = factors.softcap, factors.transposed, factors.compute_dtype
-
-    def logits(x: Float[Array, "B D"], w: Float[Array, "_ _"]) -> Float[Array, "B V"]:
-        product = LogitFactors(
-            x=x * scale, w=w, transposed=transposed, softcap=softcap, compute_dtype=dtype
-        )
-        return product.logits()
-
-    return logits
-
-
-def _kept(
+def _dropout_mask(
     shape: tuple[int, ...], rate: float, key: PRNGKeyArray | None
-) -> Bool[Array, "_ _ D"] | None:
+) -> Float[Array, "_ _ D"] | None:
     if key is None or rate == 0.0:
         return None
-    return dropout(jnp.ones(shape, jnp.float32), rate, key) > 0
+    return dropout(jnp.ones(shape, jnp.float32), rate, key)
 
 
-def _drop(x: Array, kept: Array | None, rate: float) -> Array:
-    return x if kept is None else jnp.where(kept, x / (1 - rate), 0)
+def _masked(x: Array, mask: Array | None) -> Array:
+    return x if mask is None else x * mask
 
 
 def _split(key: PRNGKeyArray | None, count: int) -> Any:

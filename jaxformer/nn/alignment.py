@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxformer.nn.linear import Linear, matmul
+from jaxformer.nn.linear import Linear, project
 from jaxformer.nn.parameters import fan_in_normal, parameter
-from jaxformer.nn.scan import Multiply
 
 
 @jax.tree_util.register_dataclass
@@ -69,71 +68,26 @@ class Alignment(nnx.Module):
         """What decoding needs of the encoder's states; the keys are computed once."""
         return Memory(values, values if self.key is None else self.key(values), real)
 
-    def matrices(self, memory: Memory) -> dict[str, Array]:
-        """What `attend` multiplies by."""
+    def attend(
+        self, memory: Memory, h: Float[Array, "B *T D"]
+    ) -> tuple[Float[Array, "B *T D"], Float[Array, "B *T S"]]:
+        """Context and weights, float32, of the decoder states of one step, [B, D], or of all."""
+        real = memory.real if h.ndim == 2 else memory.real[:, None]
+        weights = masked_softmax(self.scores(memory, h), real)
+        return self._contract("b...s,bsd->b...d", weights, memory.values), weights
+
+    def scores(self, memory: Memory, h: Float[Array, "B *T D"]) -> Float[Array, "B *T S"]:
+        """What the softmax is taken of, float32."""
         if self.score == "uniform":
-            return {}
-        matrices = {"values": memory.values}
-        if self.query is None:
-            return matrices | {"keys": jnp.swapaxes(memory.keys, 1, 2)}
-        return matrices | {"query": self.query.kernel[...]}
+            return jnp.zeros((*h.shape[:-1], memory.real.shape[1]), jnp.float32)
+        if self.query is not None and self.vector is not None:
+            queries = project(h, self.query.kernel[...], self.compute_dtype)
+            return additive_scores(queries, memory.keys, self.vector[...])
+        return self._contract("b...d,bsd->b...s", h, memory.keys)
 
-    def constants(self, memory: Memory) -> dict[str, Array]:
-        """What else `attend` needs."""
-        constants = {"real": memory.real}
-        if self.score == "uniform":
-            weights = masked_softmax(jnp.zeros(memory.real.shape), memory.real)
-            return constants | {
-                "weights": weights,
-                "context": jnp.einsum("bs,bsd->bd", weights, memory.values),
-            }
-        if self.vector is not None:
-            return constants | {"keys": memory.keys, "vector": self.vector[...]}
-        return constants
-
-
-def attend(
-    multiply: Multiply, constants: dict[str, Array], h: Float[Array, "B *T D"]
-) -> tuple[Float[Array, "B *T D"], Float[Array, "B *T S"]]:
-    """Context and weights of decoder states, of one step or of all.
-
-    `multiply(name, x)` multiplies by a matrix of `Alignment.matrices`, `constants` are those of
-    `Alignment.constants`.
-    """
-    real = constants["real"]
-    if h.ndim == 3:
-        real = real[:, None]
-    if "context" in constants:
-        context, weights = constants["context"], constants["weights"]
-        if h.ndim == 3:
-            context, weights = context[:, None], weights[:, None]
-        return jnp.broadcast_to(context, h.shape), jnp.broadcast_to(
-            weights, (*h.shape[:-1], real.shape[-1])
-        )
-    if "vector" in constants:
-        scores = additive_scores(multiply("query", h), constants["keys"], constants["vector"])
-    else:
-        scores = multiply("keys", h)
-    weights = masked_softmax(scores, real)
-    return multiply("values", weights), weights
-
-
-def multiply_all(matrices: dict[str, Array], compute_dtype: str) -> Multiply:
-    """The products of `attend` for states of all steps at once."""
-
-    def multiply(name: str, x: Float[Array, "B T inner"]) -> Float[Array, "B T outer"]:
-        matrix = matrices[name]
-        if matrix.ndim == 2:
-            rows = matmul(x.reshape(-1, x.shape[-1]), matrix, compute_dtype)
-            return rows.reshape(*x.shape[:-1], -1)
-        return jnp.einsum(
-            "bti,bio->bto",
-            x.astype(compute_dtype),
-            matrix.astype(compute_dtype),
-            preferred_element_type=jnp.float32,
-        )
-
-    return multiply
+    def _contract(self, formula: str, a: Array, b: Array) -> Array:
+        a, b = a.astype(self.compute_dtype), b.astype(self.compute_dtype)
+        return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
 
 
 def additive_scores(

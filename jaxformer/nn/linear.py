@@ -42,6 +42,14 @@ def _matmul_backward(dtype, transposed, saved, cotangent):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+def project(
+    x: Float[Array, "*B inner"], w: Float[Array, "inner columns"], dtype: str
+) -> Float[Array, "*B columns"]:
+    """x @ w over the last axis as one two-dimensional product: `matmul` of x in float32."""
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    return matmul(rows, w, dtype).reshape(*x.shape[:-1], -1)
+
+
 def _product(a: Array, b: Array, dtype: str, contract: tuple[int, int]) -> Array:
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     a, b = a.astype(dtype), b.astype(dtype)

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxformer.nn.dropout import dropout
-from jaxformer.nn.linear import matmul
+from jaxformer.nn.linear import matmul, project
 from jaxformer.nn.parameters import fan_in_normal, parameter
 
 
@@ -55,10 +55,12 @@ class LSTMLayer(nnx.Module):
         self, x: Float[Array, "S B D"], direction: int = 0, inputs: slice = slice(None)
     ) -> Float[Array, "S B F"]:
         """x W + b for all steps at once, float32; of W only the rows `inputs`."""
-        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        gates = matmul(rows, self.kernel[...][direction][inputs], self.compute_dtype)
-        gates = gates + self.bias[...][direction].astype(jnp.float32)
-        return gates.reshape(*x.shape[:-1], -1)
+        gates = project(x, self.kernel[...][direction][inputs], self.compute_dtype)
+        return gates + self.bias[...][direction].astype(jnp.float32)
+
+    def fused_kernel(self, inputs: slice = slice(None)) -> Float[Array, "_ F"]:
+        """W above U, of the forward direction: [x, h] times it is x W + h U in one product."""
+        return jnp.concatenate([self.kernel[...][0][inputs], self.recurrent_kernel[...][0]])
 
     def __call__(
         self, x: Float[Array, "S B D"], real: Bool[Array, "S B"] | None = None

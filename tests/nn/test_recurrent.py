@@ -10,7 +10,6 @@ from flax import nnx
 
 from jaxformer.nn import pure
 from jaxformer.nn.recurrent import LSTMLayer, LSTMStack
-from jaxformer.nn.scan import scan_products
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 LENGTHS = np.array([6, 2, 4])
@@ -150,49 +149,3 @@ def test_bfloat16_products_leave_states_in_float32():
     assert {states.dtype, final.h.dtype, final.c.dtype} == {jnp.dtype("float32")}
     np.testing.assert_allclose(states, exact(params, x)[0], atol=0.02)
     assert np.any(states != exact(params, x)[0])
-
-
-def step(multiply, constants, carry, item):
-    """Uses a matrix for all rows, one a row, and rows of a table."""
-    x, token = item
-    h = jnp.tanh(multiply("shared", carry) + x + multiply("table", token))
-    return h * constants, multiply("own", h)
-
-
-def plain(matrices, constants, carry, xs):
-    def multiply(name, x):
-        if jnp.issubdtype(x.dtype, jnp.integer):
-            return matrices[name][x]
-        if matrices[name].ndim == 2:
-            return x @ matrices[name]
-        return jnp.einsum("bi,bio->bo", x, matrices[name])
-
-    return jax.lax.scan(lambda h, item: step(multiply, constants, h, item), carry, xs)
-
-
-def test_gradients_gathered_after_a_scan_equal_those_of_a_plain_one():
-    random = np.random.default_rng(0)
-
-    def normal(*shape):
-        return jnp.asarray(random.normal(size=shape), jnp.float32)
-
-    matrices = {"shared": normal(3, 3), "own": normal(2, 3, 5), "table": normal(7, 3)}
-    tokens = jnp.asarray(random.integers(0, 7, (4, 2)), jnp.int32)
-    x, carry, constants = normal(4, 2, 3), normal(2, 3), normal(2, 3)
-    cotangents = normal(2, 3), normal(4, 2, 5)
-
-    def value(function, matrices, constants, carry, x):
-        out = function(matrices, constants, carry, (x, tokens))
-        return sum(jnp.sum(a * b) for a, b in zip(out, cotangents, strict=True))
-
-    def gathered(matrices, constants, carry, xs):
-        return scan_products(step, "float32", matrices, constants, carry, xs)
-
-    gradients = [
-        jax.jit(jax.value_and_grad(lambda *leaves, f=f: value(f, *leaves), (0, 1, 2, 3)))(
-            matrices, constants, carry, x
-        )
-        for f in (gathered, plain)
-    ]
-    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
