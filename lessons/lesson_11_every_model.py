@@ -147,7 +147,15 @@ def draw_errors(results: Results) -> Any:
     )
     for place, (_, wer, _) in enumerate(bars):
         axis.annotate(f"{wer:.1f}", (wer + 0.4, place), va="center", fontsize=8)
-    axis.set(xlabel="wrong words (%); blue: here, orange: published, on other splits")
+    axis.set(xlabel="wrong words (%)", xlim=(0, 45))
+    axis.annotate(
+        "blue: here\norange: published,\non other splits",
+        (1, 1),
+        xycoords="axes fraction",
+        ha="right",
+        va="top",
+        fontsize=9,
+    )
     axis.grid(visible=False)
     return figure
 
