@@ -99,7 +99,7 @@ def _untrained(preset: str) -> Run:
     if whole.data.kind == "digits":
         data = dataclasses.replace(whole.data, lines=100)
     else:
-        data = words(letters=9, small=True)
+        data = words(letters=12, small=True)
     config = dataclasses.replace(
         whole,
         data=data,
@@ -123,14 +123,19 @@ def examples(run: Run, split: str, most: int) -> list[Example]:
     return [found[place] for place in places]
 
 
+_searches: dict[Any, Any] = {}  # one for each model and setting, so that each is compiled once
+
+
 def predict(
     run: Run, chosen: Sequence[Example], *, params: Params | None = None, **options: Any
 ) -> list[Hypothesis]:
     """The best hypothesis for each example, with `options` in place of the run's decoding ones."""
     decode = dataclasses.replace(run.config.decode, **options)
     config = dataclasses.replace(run.config, decode=decode)
-    search = Translator(run.apply, run.tokenizers, config).translate
-    return _searched(run, search, chosen, run.params if params is None else params)
+    key = (run.apply, config)
+    if key not in _searches:
+        _searches[key] = Translator(run.apply, run.tokenizers, config).translate
+    return _searched(run, _searches[key], chosen, run.params if params is None else params)
 
 
 def transcribe(run: Run, chosen: Sequence[Example], **options: Any) -> list[Hypothesis]:
