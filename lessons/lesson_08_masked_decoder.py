@@ -1,5 +1,6 @@
 """A masked decoder alone beside an encoder-decoder, and what attention aligns."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -80,8 +81,8 @@ def one_run(config: Config) -> dict[str, Any]:
     data, tokenizers = pairs(config.data)
     sizes = vocabularies(tokenizers, config.data)
     alone = config.model.kind == "decoder"
-    if alone:
-        sizes = {"vocabulary": len(tokenizers.target) + len(tokenizers.source)}
+    if alone:  # All ids are of one vocabulary.
+        sizes["vocabulary"] += sizes["source_vocabulary"] or 0
     model = models.build(config.model, **sizes, seed=config.seed)
     apply, params = nn.pure(model)
     optimizer = make_optimizer(config.optimizer, config.train.steps, nn.parameter_axes(model))
@@ -162,9 +163,10 @@ def alignment(*, small: bool) -> dict[str, Any]:
     data, _ = pairs(ctc.config.data)
     rows = 8 if small else 256
     batch = _without_index(evaluation_batches(data, ctc.config.data, "dev", batch_size=rows)[0])
-    frames = ctc.apply(ctc.params, **model_inputs(batch), method="predictions")
+    read = jax.jit(functools.partial(ctc.apply, method="predictions"))
+    frames = read(ctc.params, **model_inputs(batch))
     labels = ((batch["weights"] != 0) & (batch["targets"] != EOS)).sum(1)
-    aligned = ctc_align(frames.logits, frames.lengths, batch["targets"], labels)
+    aligned = jax.jit(ctc_align)(frames.logits, frames.lengths, batch["targets"], labels)
     letters = np.asarray(aligned.starts) // ctc.config.model.ctc.upsample
     used = np.arange(batch["targets"].shape[1]) < labels[:, None]
     near = np.abs(np.arange(batch["source"].shape[1]) - letters[..., None]) <= 1
@@ -192,12 +194,12 @@ def alignment(*, small: bool) -> dict[str, Any]:
 
 def attention(run: Run, batch: dict[str, Any]) -> np.ndarray:
     """Attention of every target place to every letter, float[L, B, T, N, S]."""
-    weights = run.apply(
+    look = jax.jit(functools.partial(run.apply, method="cross_attention_weights"))
+    weights = look(
         run.params,
         batch["source"],
         batch["inputs"],
         source_segment_ids=batch["source_segment_ids"],
-        method="cross_attention_weights",
     )
     return np.asarray(weights)
 

@@ -237,7 +237,7 @@ def fine_tune(
     translate = nearest(run)
 
     @jax.jit
-    def update(params: Params, state: Any, batch: dict[str, Any]) -> tuple[Params, Any, Any]:
+    def update(params: Params, state: Any, batch: dict[str, Any]) -> tuple[Any, Any, Any]:
         objective = functools.partial(risk_or_loss, run.apply, batch=batch)
         value, gradient = jax.value_and_grad(objective)(params)
         updates, state = optimizer.update(gradient, state, params)

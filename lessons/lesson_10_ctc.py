@@ -13,7 +13,7 @@ import optax
 
 from jaxformer import models, nn
 from jaxformer.config import Config, ModelConfig, OptimizerConfig, TrainConfig
-from jaxformer.data import EOS, PAD, SOS, PairData, evaluation_batches, pair_batches
+from jaxformer.data import EOS, PAD, SOS, Images, PairData, evaluation_batches, pair_batches
 from jaxformer.decoding import ctc_align
 from jaxformer.decoding.ngram import NGram
 from jaxformer.models import model_inputs
@@ -49,11 +49,12 @@ def lattice(*, small: bool) -> dict[str, Any]:
     run = trained("g2p-ctc", small=small)
     word, spoken = ("abba", "AE B AH") if small else WORD
     [batch] = pair_batches([f"{word}\t{spoken}"], run.tokenizers, run.config.data, batch_size=1)
-    found = run.apply(run.params, **model_inputs(_without_index(batch)), method="predictions")
+    read = jax.jit(functools.partial(run.apply, method="predictions"))
+    found = read(run.params, **model_inputs(_without_index(batch)))
     frames = int(found.lengths[0])
     labels = spoken.split()
     ids = jnp.asarray([run.tokenizers.target.encode(spoken)], jnp.int32)
-    aligned = ctc_align(found.logits, found.lengths, ids, jnp.array([len(labels)]))
+    aligned = jax.jit(ctc_align)(found.logits, found.lengths, ids, jnp.array([len(labels)]))
     return {
         "word": word,
         "labels": labels,
@@ -201,13 +202,13 @@ def frames_of_the_run(*, small: bool) -> dict[str, float]:
     data, _ = pairs(run.config.data)
     batches = evaluation_batches(data, run.config.data, "dev", batch_size=8 if small else 128)
     shares, sures, spans, sure_labels, fewest = [], [], [], [], []
-    predictions = functools.partial(run.apply, method="predictions")
+    predictions = jax.jit(functools.partial(run.apply, method="predictions"))
     for batch in batches[: 1 if small else 2]:
         batch = _without_index(batch)
         share, sure = blank_share(lambda p, b: predictions(p, **model_inputs(b)), run.params, batch)
         found = predictions(run.params, **model_inputs(batch))
         labels = ((batch["weights"] != 0) & (batch["targets"] != EOS)).sum(1)
-        aligned = ctc_align(found.logits, found.lengths, batch["targets"], labels)
+        aligned = jax.jit(ctc_align)(found.logits, found.lengths, batch["targets"], labels)
         used = np.arange(batch["targets"].shape[1]) < labels[:, None]
         spans.append(np.asarray(aligned.ends - aligned.starts)[used].mean())
         sure_labels.append(np.asarray(aligned.confidences)[used].mean())
@@ -279,6 +280,7 @@ def digits(*, small: bool) -> dict[str, Any]:
     # The first lines are the same ones however many there are.
     data, _ = pairs(dataclasses.replace(run.config.data, lines=100))
     split = data.splits["test"]
+    assert isinstance(split.sources, Images)
     for number, example in enumerate(split.examples[: 1 if small else None]):
         image = split.sources[number]
         [found] = align(run.apply, run.params, run.tokenizers, run.config, [image])
