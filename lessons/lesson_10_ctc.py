@@ -22,7 +22,7 @@ from jaxformer.training.run import vocabularies
 from jaxformer_kernels import ctc_loss
 from lessons.ctc_drawing import draw_digits, draw_lattice, draw_order
 from lessons.framework import Lesson, Results, table
-from lessons.runs import errors, examples, predict, trained, transcribe
+from lessons.runs import Run, errors, examples, predict, trained, transcribe
 from lessons.training import minimise, pairs, train, words
 
 WORD = ("knighthood", "N AY T HH UH D")
@@ -297,8 +297,14 @@ def digits(*, small: bool) -> dict[str, Any]:
         "probabilities": found.probabilities.round(3),
         "scores": run.scores,
         "minutes": run.minutes,
-        "parameters": nn.count(run.params),
+        "parameters": _parameters(run),
     }
+
+
+def _parameters(run: Run) -> int:
+    """Parameters alone: a run's arrays hold BatchNorm's running statistics too."""
+    sizes = vocabularies(run.tokenizers, run.config.data)
+    return nn.count(nn.pure(models.abstract(run.config.model, **sizes))[1])
 
 
 def smooth(losses: np.ndarray, points: int = 25) -> np.ndarray:
