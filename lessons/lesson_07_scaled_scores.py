@@ -191,7 +191,7 @@ def draw_initial(results: Results) -> Any:
     quantities = {
         "score_deviation": "deviation of the scores",
         "entropy": "entropy of the weights (nats)",
-        "gradient_median": "gradient at the scores (median norm)",
+        "gradient_median": "median gradient norm",
     }
     for axis, (name, title) in zip(axes, quantities.items(), strict=True):
         for number, arm in enumerate(("scaled", "unscaled")):
