@@ -146,9 +146,14 @@ def score(run: Trained, batches: Any, look: Any, translate: Any, seed: int) -> d
         "dev_loss": float(clean.mean()),
         "per": 100 * sum(edits) / sum(lengths),
         "wer": 100 * float(np.mean(wrong)),
-        "error_after_right": 100 * (1 - float(np.concatenate(after_right).mean())),
-        "error_after_wrong": 100 * (1 - float(np.concatenate(after_wrong).mean())),
+        "error_after_right": _share_wrong(np.concatenate(after_right)),
+        "error_after_wrong": _share_wrong(np.concatenate(after_wrong)),
     }
+
+
+def _share_wrong(right: np.ndarray) -> float:
+    """In percent; 0 of nothing."""
+    return 100 * float((~right).sum()) / max(len(right), 1)
 
 
 def spoil(batch: dict[str, Any], run: Trained, random: np.random.Generator) -> dict[str, Any]:

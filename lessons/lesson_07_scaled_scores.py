@@ -92,7 +92,7 @@ def experiment(head_dim: int, arm: str, seed: int, *, small: bool) -> Config:
 
 def training(*, small: bool, seed: int) -> dict[str, Any]:
     """Losses with narrow and wide heads, by arm."""
-    head_dims, seeds = ([8], [seed]) if small else ([16, 256], [seed, seed + 1, seed + 2])
+    head_dims, seeds = ([4, 8], [seed]) if small else ([16, 256], [seed, seed + 1, seed + 2])
     found: dict[str, Any] = {"head_dims": head_dims, "seeds": len(seeds), "losses": {}}
     for head_dim in head_dims:
         runs = {arm: [one_run(head_dim, arm, s, small=small) for s in seeds] for arm in ARMS}
