@@ -8,6 +8,7 @@ may follow; the product is each state's share in the whole, of which the gradien
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,9 @@ from jax import lax
 from jaxformer_kernels import _compat, dispatch
 from jaxformer_kernels.ctc import number
 from jaxformer_kernels.ctc.call import FEATURES, wide
+
+CPU_STATES = 512
+CPU_PARTS = 4
 
 
 class Rows(NamedTuple):
@@ -259,4 +263,45 @@ def _refuse(primals, tangents):
     )
 
 
-IMPLEMENTATION = dispatch.Implementation(run=differentiable(ahead, back), supports=FEATURES)
+def _ahead_in_parts(rows: Rows, keep: bool):
+    found = [ahead(_rows(rows, part), keep) for part in _parts(rows.skip.shape)]
+    last = _joined([last for last, _ in found], axis=0)
+    return last, _joined([path for _, path in found], axis=1) if keep else None
+
+
+def _back_in_parts(rows: Rows, path, probability):
+    shares = []
+    for part in _parts(rows.skip.shape):
+        here = jax.tree.map(lambda x, part=part: x[:, part], path)
+        whole = jax.tree.map(lambda x, part=part: x[part], probability)
+        shares.append(back(_rows(rows, part), here, whole))
+    return _joined(shares, axis=1)
+
+
+def _parts(shape: tuple[int, ...]) -> list[slice]:
+    """Rows to go over apart, of [B, N + 1] states.
+
+    A CPU runs scans of few states side by side, one a core, and takes as long for a step of many
+    states as if it ran them one after the other, or longer.
+    """
+    count = 1
+    if dispatch.platform() == "cpu":
+        count = max(min(-(-shape[0] * shape[1] // CPU_STATES), CPU_PARTS, shape[0]), 1)
+    ends = [shape[0] * number // count for number in range(count + 1)]
+    return [slice(*both) for both in itertools.pairwise(ends)]
+
+
+def _rows(rows: Rows, part: slice) -> Rows:
+    frames = jax.tree.map(lambda x: x[:, part], rows.frames)
+    return Rows(frames, rows.frame_count[part], rows.label_count[part], rows.skip[part])
+
+
+def _joined(parts: list, axis: int):
+    if len(parts) == 1:
+        return parts[0]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis), *parts)
+
+
+IMPLEMENTATION = dispatch.Implementation(
+    run=differentiable(_ahead_in_parts, _back_in_parts), supports=FEATURES
+)

@@ -141,3 +141,26 @@ def test_where_optax_goes_below_zero_it_does_not():
     )
     assert min(loss for loss, _ in ours) >= 0
     assert min(loss for loss, _ in theirs) < 0
+
+
+def test_a_batch_gone_over_in_parts_is_its_rows():
+    random = np.random.default_rng(3)
+    rows, frames, count = 5, 170, 150  # more states than one part has; parts of unequal size
+    logits = jnp.asarray(random.normal(size=(rows, frames, 9)), jnp.float32)
+    labels = jnp.asarray(random.integers(1, 9, (rows, count)), jnp.int32)
+    frame_counts = jnp.array([170, 40, 160, 90, 1])
+    label_counts = jnp.array([90, 20, 70, 50, 1])
+
+    def total(logits, *rest):
+        losses = ctc_loss(logits, *rest, implementation="xla")
+        return losses.sum(), losses
+
+    run = jax.jit(jax.value_and_grad(total, has_aux=True))
+    (_, together), gradient = run(logits, frame_counts, labels, label_counts)
+    for row in range(rows):
+        part = slice(row, row + 1)
+        (_, alone), its_gradient = run(
+            logits[part], frame_counts[part], labels[part], label_counts[part]
+        )
+        np.testing.assert_allclose(together[part], alone, rtol=1e-6)
+        np.testing.assert_allclose(gradient[part], its_gradient, atol=1e-6)
