@@ -5,13 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxformer_kernels import compiling_for, ctc_loss
 from tests.kernels.ctc.calls import make_call
+
+# The environment that interprets Hopper kernels collects this file too, and lacks optax.
+optax = pytest.importorskip("optax")
 
 CALL = [jnp.asarray(x, jnp.float32 if x.ndim == 3 else int) for x in make_call(0, 4, 9, 5, 3)]
 
