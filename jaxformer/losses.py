@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformer.data.tokenizers import EOS
+from jaxformer.data import is_label
 from jaxformer.models.output import CTCFrames, HybridPredictions, LogitFactors
 from jaxformer.nn.ctc import collapse
 from jaxformer_kernels import ctc_loss, linear_cross_entropy
@@ -54,15 +54,15 @@ def ctc(
     the tokens of rows whose best path is right, tokens the sum of the weights: <eos> counts, so
     that losses a token compare with those of a decoder.
     """
-    is_label = (weights != 0) & (targets != EOS)
-    label_lengths = is_label.sum(1)
+    labels = is_label(targets, weights)
+    label_lengths = labels.sum(1)
     losses = ctc_loss(frames.logits, frames.lengths, targets, label_lengths, zero_infinity=True)
     row_weights = weights[:, 0]
     loss = (losses * row_weights).sum(where=row_weights != 0)
     found, found_lengths = collapse(jnp.argmax(frames.logits, -1), frames.lengths)
     right = found_lengths == label_lengths
     length = min(found.shape[1], targets.shape[1])
-    same = (found[:, :length] == targets[:, :length]) | ~is_label[:, :length]
+    same = (found[:, :length] == targets[:, :length]) | ~labels[:, :length]
     right &= same.all(1)
     sums = {
         "loss": loss,

@@ -9,7 +9,7 @@ batch = next(batches)                              # a dictionary of numpy array
 ```
 """
 
-from jaxformer.data.bucketing import PairBatches
+from jaxformer.data.bucketing import PairBatches, is_label
 from jaxformer.data.corpus import (
     Corpus,
     DataError,
@@ -80,6 +80,7 @@ __all__ = [
     "encode_corpus",
     "evaluation_batches",
     "image_height",
+    "is_label",
     "load_corpus",
     "load_tokenizer",
     "normal_source",

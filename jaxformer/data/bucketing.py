@@ -1,13 +1,14 @@
 """Batches of pairs, by length bucket, each one computed from its number alone."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from jaxformer.data.encoding import PairSplit
 from jaxformer.data.lengths import assign
 from jaxformer.data.plan import Batch, EpochPlans, generator, share_of
-from jaxformer.data.tokenizers import PAD, SOS
+from jaxformer.data.tokenizers import EOS, PAD, SOS
 
 
 class PairBatches(EpochPlans):
@@ -86,3 +87,8 @@ class PairBatches(EpochPlans):
         if self.with_index:
             batch["index"] = items.astype(np.int32)
         return batch
+
+
+def is_label(targets: Any, weights: Any) -> Any:
+    """Where the targets of a batch of pairs are labels: neither <eos> nor padding; bool[B, T]."""
+    return (weights != 0) & (targets != EOS)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxformer.data import is_label
 from jaxformer.data.tokenizers import EOS, PAD, SOS, UNK
 from jaxformer.decoding.beam import Beams, beam_search
 from jaxformer.decoding.ctc import (
@@ -228,7 +229,7 @@ def _log_probs(predictions: Any, targets: Array, weights: Array) -> Float[Array,
     if isinstance(predictions, LogitFactors):
         return sequence_log_probs(predictions.logits(), targets, weights)
     if isinstance(predictions, CTCFrames):
-        label_lengths = jnp.sum((weights != 0) & (targets != EOS), axis=1)
+        label_lengths = is_label(targets, weights).sum(1)
         return -ctc_loss(predictions.logits, predictions.lengths, targets, label_lengths, blank=PAD)
     by_ctc = _log_probs(predictions.frames, targets, weights)
     by_decoder = _log_probs(predictions.factors, targets, weights)

@@ -21,12 +21,7 @@ class LayerNorm(nnx.Module):
         param_dtype: str = "float32",
     ):
         self.epsilon = epsilon
-        self.scale = parameter(jax.nn.initializers.ones, axes, rngs=rngs, dtype=param_dtype)
-        self.bias = (
-            parameter(jax.nn.initializers.zeros, axes, rngs=rngs, dtype=param_dtype)
-            if bias
-            else None
-        )
+        self.scale, self.bias = _scale_and_bias(axes, bias, rngs, param_dtype)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         wide = x.astype(jnp.float32)
@@ -85,12 +80,7 @@ class BatchNorm(nnx.Module):
         self.epsilon = epsilon
         self.momentum = momentum
         self.axis_name = axis_name
-        self.scale = parameter(jax.nn.initializers.ones, axes, rngs=rngs, dtype=param_dtype)
-        self.bias = (
-            parameter(jax.nn.initializers.zeros, axes, rngs=rngs, dtype=param_dtype)
-            if bias
-            else None
-        )
+        self.scale, self.bias = _scale_and_bias(axes, bias, rngs, param_dtype)
         self.mean = nnx.BatchStat(jnp.zeros(tuple(axes.values()), jnp.float32))
         self.variance = nnx.BatchStat(jnp.ones(tuple(axes.values()), jnp.float32))
 
@@ -147,12 +137,7 @@ class GroupNorm(nnx.Module):
             raise ValueError(f"{channels} channels do not fall into {groups} equal groups")
         self.groups = groups
         self.epsilon = epsilon
-        self.scale = parameter(jax.nn.initializers.ones, axes, rngs=rngs, dtype=param_dtype)
-        self.bias = (
-            parameter(jax.nn.initializers.zeros, axes, rngs=rngs, dtype=param_dtype)
-            if bias
-            else None
-        )
+        self.scale, self.bias = _scale_and_bias(axes, bias, rngs, param_dtype)
 
     def __call__(
         self, x: Float[Array, "B *P D"], *, mask: Bool[Array, "..."] | None = None
@@ -169,6 +154,16 @@ class GroupNorm(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...]
         return _only(real, y).astype(x.dtype)
+
+
+def _scale_and_bias(
+    axes: dict[str, int], bias: bool, rngs: nnx.Rngs, dtype: str
+) -> tuple[nnx.Param, nnx.Param | None]:
+    """Ones, and zeros where there is a bias."""
+    scale = parameter(jax.nn.initializers.ones, axes, rngs=rngs, dtype=dtype)
+    if not bias:
+        return scale, None
+    return scale, parameter(jax.nn.initializers.zeros, axes, rngs=rngs, dtype=dtype)
 
 
 def _real_places(mask: Array | None, x: Array) -> Array | None:

@@ -117,7 +117,7 @@ def make_train_step(
             ((gradient, sums), statistics), _ = jax.lax.scan(
                 add, (zeros, statistics), (micro_batches, keys)
             )
-        tokens = jnp.maximum(sums["tokens"], 1.0)
+        tokens = _divisor(sums["tokens"])
         gradient = jax.tree.map(lambda leaf: leaf / tokens, gradient)
         updates, optimizer_state = optimizer.update(
             gradient, state.optimizer_state, float32(state.params)
@@ -151,11 +151,15 @@ def make_eval_step(apply: Callable[..., Any]) -> Callable[[Params, Batch], Metri
 
 def means(sums: Mapping[str, Any]) -> dict[str, Any]:
     """Sums over tokens as means a token: `accuracy` of `correct`, others by their own names."""
-    # An empty batch has means of 0.
-    tokens = sums["tokens"] + (sums["tokens"] == 0)
+    tokens = _divisor(sums["tokens"])
     divided = {name: value / tokens for name, value in sums.items() if name != "tokens"}
     divided["accuracy"] = divided.pop("correct")
     return divided | {"tokens": sums["tokens"]}
+
+
+def _divisor(tokens: Any) -> Any:
+    """What sums are divided by: an empty batch has means of 0."""
+    return tokens + (tokens == 0)
 
 
 def _average(state: TrainState, params: Any, decay: float | None) -> Params | None:
