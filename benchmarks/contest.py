@@ -1,0 +1,131 @@
+"""Contenders in processes of their own that take turns.
+
+Libraries in one process share an allocator and leave threads spinning in each other's turns. Here
+each has a process, with its own peak of memory; while one works, the others wait at a pipe.
+
+A contender is a function named "module:function". Its keyword arguments are JSON; it gets ready and
+returns `turn`, or `(turn, facts)`: `turn()` does one turn's work to the end (and may return facts of
+its own), `facts` is a dict of JSON.
+"""
+
+import importlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Times
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+class ContestError(RuntimeError):
+    """A contender's process ended early; the message holds the end of what it said."""
+
+
+class Contender:
+    """One process that gets ready at once and then does a turn whenever it is asked to.
+
+    Attributes:
+        facts: what the function returned when it was ready, and `ready_s`, the seconds from the
+            start of the process until then.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        options: Mapping[str, Any],
+        *,
+        env: Mapping[str, str] | None = None,
+        python: str = sys.executable,
+    ):
+        self.target = target
+        started = time.perf_counter()
+        paths = [str(_ROOT), str(_ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+        self._process = subprocess.Popen(
+            [python, "-m", "benchmarks.contest", target, json.dumps(dict(options))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=_ROOT,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | dict(env or {}),
+        )
+        self.facts = self._answer()
+        self.facts["ready_s"] = round(time.perf_counter() - started, 3)
+
+    def turn(self) -> tuple[float, dict[str, Any]]:
+        """(seconds, facts) of one turn."""
+        answer = self._ask("turn")
+        return answer["seconds"], answer["facts"]
+
+    def stop(self) -> dict[str, Any]:
+        """Ends the process. Returns its `peak_mib` of resident memory."""
+        answer = self._ask("stop")
+        self._process.wait(timeout=60)
+        return answer
+
+    def kill(self) -> None:
+        """Ends the process, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+
+    def _ask(self, what: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(what + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise ContestError(
+                f"{self.target} ended with status {self._process.wait()}; what it said is above"
+            )
+        return json.loads(line)
+
+
+def race(
+    contenders: Mapping[str, Contender], *, turns: int, warm_up: int = 2
+) -> tuple[dict[str, Times], dict[str, dict[str, Any]]]:
+    """Times of contenders that take turns, and the facts of each one's last turn."""
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    facts: dict[str, dict[str, Any]] = {}
+    for turn in range(-warm_up, turns):
+        for name, contender in contenders.items():
+            seconds, facts[name] = contender.turn()
+            if turn >= 0:
+                taken[name].append(seconds)
+    return {name: Times(tuple(seconds)) for name, seconds in taken.items()}, facts
+
+
+def _serve(target: str, options: str) -> None:
+    # Whatever libraries print goes to stderr: stdout is for answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    module, function = target.split(":")
+    made = getattr(importlib.import_module(module), function)(**json.loads(options))
+    turn, facts = made if isinstance(made, tuple) else (made, {})
+    print(json.dumps(facts), file=answers, flush=True)
+    for line in sys.stdin:
+        if line.strip() == "stop":
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            unit = 2**20 if sys.platform == "darwin" else 2**10
+            print(json.dumps({"peak_mib": round(peak / unit)}), file=answers, flush=True)
+            return
+        start = time.perf_counter()
+        facts = turn() or {}
+        answer = {"seconds": time.perf_counter() - start, "facts": facts}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])
