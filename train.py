@@ -28,13 +28,15 @@ from jaxformer.data import (
     training_batches,
 )
 from jaxformer.errors import JaxformerError
-from jaxformer.training import pictures, report
-from jaxformer.training.checkpoint import Checkpoints
+from jaxformer.runtime import keep_compiled
+from jaxformer.training import report
+from jaxformer.training.checkpoint import Checkpoints, placed
+from jaxformer.training.compiling import compile_ahead, run_once, trace
 from jaxformer.training.evaluation import evaluate, make_loss, mean_loss
 from jaxformer.training.optimizer import make_optimizer, make_schedule
 from jaxformer.training.progress import TrainingProgress
 from jaxformer.training.run import RunError, claim, open_run, vocabularies
-from jaxformer.training.state import init_state
+from jaxformer.training.state import TrainState, init_state
 from jaxformer.training.step import make_train_step
 from jaxformer.training.stopping import StopRequest
 from jaxformer.training.tracking import Tracker, require_installed
@@ -72,42 +74,45 @@ def train(config: Config, console: Console) -> int:
             dev = dev[: config.eval.max_batches]
 
     # ---------------------------------------------------------------- Model
-    resuming = config.resume and folder.has_checkpoint
-    make = models.abstract if resuming else partial(models.build, seed=config.seed)
-    model = make(config.model, **vocabularies(tokenizers, config.data))
+    sizes = vocabularies(tokenizers, config.data)
+    # Shapes alone: the arrays are made when everything else is known to fit.
+    model = models.abstract(config.model, **sizes)
     apply, params = nn.pure(model)
-    statistics = nn.statistics(model)
     say("model", report.model(config, params))
     if config.model.kind in ("ctc", "hybrid"):
         say("alignment", report.alignment(config, data))
-    variables = nn.with_statistics(params, statistics)
-    say("attention", report.attention(config, apply, variables, batches.source[0]))
 
     # ---------------------------------------------------------------- State and step
     optimizer = make_optimizer(config.optimizer, config.train.steps, nn.parameter_axes(model))
     schedule = make_schedule(config.optimizer, config.train.steps)
     make_state = partial(init_state, optimizer=optimizer, ema=config.train.ema is not None)
+    template = placed(jax.eval_shape(make_state, params, statistics=nn.statistics(model)))
+
+    def first_state() -> TrainState:
+        model = models.build(config.model, seed=config.seed, **sizes)
+        return make_state(nn.pure(model)[1], statistics=nn.statistics(model))
+
     train_step = jax.jit(
         make_train_step(apply, optimizer, schedule, config.train, config.seed), donate_argnums=0
     )
     eval_step = make_loss(apply)
+    traced = trace(train_step, template, batches.source[0], model=config.model)
+    say("attention", report.attention(config))
+    compile_ahead(traced)
 
     with claim(folder, resume=config.resume), StopRequest() as stop:
         # ------------------------------------------------------------ Restore
         checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
-        if resuming:
-            state, progress = checkpoints.restore(
-                jax.eval_shape(make_state, params, statistics=statistics)
-            )
+        if config.resume and folder.has_checkpoint:
+            state, progress = checkpoints.restore(template)
             if progress["data"] != fingerprint:
                 raise RunError("the training data is not what this run began with: restore it")
             batches.set_state(progress["batches"])
             spent = progress["seconds"]
             say("resumed", f"from step {int(state.step):,} of {config.train.steps:,}")
         else:
-            state, spent = make_state(params, statistics=statistics), 0.0
+            state, spent = run_once(first_state, like=template), 0.0
             tokenizers.save(folder.tokenizers)
-        del model, params, variables  # else the first parameters stay in memory beside the state's
         configuration.save(dataclasses.replace(config, resume=False), folder.config)
         tracker = Tracker(folder.metrics, config, start_step=int(state.step))
 
@@ -185,6 +190,8 @@ def train(config: Config, console: Console) -> int:
             split=split,
             max_examples=config.eval.final_examples,
         )
+        from jaxformer.training import pictures  # matplotlib, which would delay the first step
+
         if pictures.draws_alignments(config):
             pictures.show_split(apply, evaluated, tokenizers, config, data, split, decoded, folder)
     report.summary(
@@ -209,6 +216,7 @@ def _due(step: int, every: int) -> bool:
 def main() -> int:
     """Reads the command line and trains; a known error is one line, without a traceback."""
     console = Console(soft_wrap=True)
+    keep_compiled()
     try:
         return train(parse(sys.argv[1:]), console)
     except KeyboardInterrupt:

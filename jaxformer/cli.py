@@ -28,7 +28,7 @@ from jaxformer.data.tokenizers import UNK
 from jaxformer.decoding.generate import make_score
 from jaxformer.decoding.predict import Generator, Translator
 from jaxformer.errors import JaxformerError
-from jaxformer.training import figures, pictures
+from jaxformer.runtime import keep_compiled
 from jaxformer.training.evaluation import evaluate as evaluate_split
 from jaxformer.training.run import LoadedRun, RunFolder, load_run
 from jaxformer.training.tracking import read_metrics
@@ -218,6 +218,8 @@ def show(
         output: PNG to write. Default: loss.png, attention.png or alignment.png in the run folder.
         step: Checkpoint to use. Default: the one with the lowest dev loss.
     """
+    from jaxformer.training import figures  # matplotlib, which no other verb needs
+
     folder = RunFolder(run)
     if source is None and input is None:
         output = output or folder.loss_curve
@@ -237,6 +239,8 @@ def show(
 def _show_source(
     loaded: LoadedRun, source: str | None, input: Path | None, output: Path | None
 ) -> Path:
+    from jaxformer.training import figures, pictures
+
     images = loaded.config.data.kind == "digits"
     if images != (source is None) or images != (input is not None):
         wanted = "--input PICTURE.png" if images else "--source TEXT"
@@ -339,6 +343,7 @@ VERBS: dict[str, Callable[..., None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one verb. Exits with 2 and one line on a known error."""
+    keep_compiled()
     try:
         tyro.extras.subcommand_cli_from_dict(
             VERBS,

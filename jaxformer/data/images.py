@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib import image as png
 
 from jaxformer.config import DataConfig
 from jaxformer.data.corpus import DataError
@@ -59,6 +58,8 @@ def read_image(path: str | Path) -> np.ndarray:
     shows, be it lighter or darker than the ink, and contrast is stretched to the full range. Raises
     DataError on what is no picture, and on one without ink.
     """
+    from matplotlib import image as png  # slow to import, and training on text has no need of it
+
     try:
         pixels = np.asarray(png.imread(path), np.float64)
     except FileNotFoundError:
@@ -74,6 +75,8 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def write_image(path: Path, image: np.ndarray) -> None:
     """Writes an image, uint8[columns, height], as a PNG of dark ink on white paper."""
+    from matplotlib import image as png
+
     png.imsave(path, INK - image.T, cmap="gray", vmin=0, vmax=INK)
 
 

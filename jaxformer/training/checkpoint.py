@@ -1,5 +1,6 @@
 """Checkpoints by Orbax: written in the background, the newest few and the best kept."""
 
+import functools
 import logging
 import textwrap
 from pathlib import Path
@@ -7,8 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from jaxformer.errors import JaxformerError
 from jaxformer.nn.parameters import Params, with_statistics
@@ -27,14 +26,26 @@ class Checkpoints:
     A checkpoint holds the items `params`, `optimizer`, `statistics` (if the model has any), `ema`
     (if kept) and `progress` (JSON values: the state of the input pipeline and what else the caller
     keeps), so that prediction reads the first and third alone.
+
+    Orbax, which takes most of a second to import, is loaded when it is first needed: training has
+    then begun.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False):
+        self.folder = Path(folder).absolute()
+        self.keep, self.read_only = keep, read_only
+
+    @functools.cached_property
+    def manager(self) -> Any:
+        """Orbax's CheckpointManager."""
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers
+
         # Orbax warns through absl of every checkpoint that is saved without a score.
         logging.getLogger("absl").setLevel(logging.ERROR)
         policies = checkpoint_managers.AnyPreservationPolicy(
             [
-                checkpoint_managers.LatestN(n=keep),
+                checkpoint_managers.LatestN(n=self.keep),
                 checkpoint_managers.BestN(
                     n=1,
                     get_metric_fn=lambda metrics: metrics[METRIC],
@@ -43,16 +54,15 @@ class Checkpoints:
                 ),
             ]
         )
-        self.folder = Path(folder).absolute()
-        self.manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies,
                 best_fn=lambda metrics: metrics[METRIC],
                 best_mode="min",
                 keep_checkpoints_without_metrics=False,
-                create=not read_only,
-                read_only=read_only,
+                create=not self.read_only,
+                read_only=self.read_only,
                 # Orbax would decide by itself which steps are worth saving.
                 should_save_fn=lambda step, latest: True,
             ),
@@ -73,6 +83,8 @@ class Checkpoints:
         self, state: TrainState, progress: dict[str, Any], dev_loss: float | None = None
     ) -> None:
         """Starts saving; training may go on at once. A step that is already saved stays."""
+        import orbax.checkpoint as ocp
+
         step = int(state.step)
         if step in self.manager.all_steps():
             return
@@ -93,16 +105,18 @@ class Checkpoints:
 
         Raises CheckpointError if there is none or it does not fit.
         """
+        import orbax.checkpoint as ocp
+
         step = self._step(step)
         items = {
-            "params": ocp.args.StandardRestore(_abstract(template.params)),
-            "optimizer": ocp.args.StandardRestore(_abstract(template.optimizer_state)),
+            "params": ocp.args.StandardRestore(placed(template.params)),
+            "optimizer": ocp.args.StandardRestore(placed(template.optimizer_state)),
             "progress": ocp.args.JsonRestore(),
         }
         if template.statistics:
-            items["statistics"] = ocp.args.StandardRestore(_abstract(template.statistics))
+            items["statistics"] = ocp.args.StandardRestore(placed(template.statistics))
         if template.ema is not None:
-            items["ema"] = ocp.args.StandardRestore(_abstract(template.ema))
+            items["ema"] = ocp.args.StandardRestore(placed(template.ema))
         read = self._read(step, items)
         state = TrainState(
             # Placed as the parameters are: an array left free would compile the step twice.
@@ -126,6 +140,8 @@ class Checkpoints:
 
         `params` and `statistics` are templates.
         """
+        import orbax.checkpoint as ocp
+
         step = self._step(self.best if step is None else step)
         name = "ema" if ema else "params"
         templates = {name: jax.eval_shape(float32, params) if ema else params}
@@ -134,7 +150,7 @@ class Checkpoints:
         read = self._read(
             step,
             {
-                item: ocp.args.StandardRestore(_abstract(template))
+                item: ocp.args.StandardRestore(placed(template))
                 for item, template in templates.items()
             },
         )
@@ -142,12 +158,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until everything is written."""
-        self.manager.wait_until_finished()
+        if "manager" in vars(self):
+            self.manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and gives back what writing needs."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        if "manager" in vars(self):
+            self.manager.wait_until_finished()
+            self.manager.close()
 
     def _step(self, step: int | None) -> int:
         step = self.latest if step is None else step
@@ -160,6 +178,8 @@ class Checkpoints:
         return step
 
     def _read(self, step: int, items: dict[str, Any]) -> Any:
+        import orbax.checkpoint as ocp
+
         try:
             return self.manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, FileNotFoundError) as error:
@@ -170,7 +190,8 @@ class Checkpoints:
             ) from error
 
 
-def _abstract(tree: Any) -> Any:
+def placed(tree: Any) -> Any:
+    """The shapes of a tree, each with the sharding it has, else on the first device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:

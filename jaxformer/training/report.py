@@ -1,6 +1,5 @@
 """What a run says of itself: the first lines, and the page at the end."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,16 +8,14 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxformer.config import Config, ConfigError
-from jaxformer.data import Batch, Data, Example, PairData, Tokenizers
+from jaxformer.config import Config
+from jaxformer.data import Data, Example, PairData, Tokenizers
 from jaxformer.decoding.predict import Generator, Hypothesis
 from jaxformer.errors import JaxformerError
 from jaxformer.models.frames import frame_lengths
 from jaxformer.nn.parameters import Params, count
-from jaxformer.training import figures
 from jaxformer.training.published import PRONUNCIATION
 from jaxformer.training.run import RunFolder
-from jaxformer.training.step import batch_loss
 from jaxformer_kernels import dispatch
 
 SAMPLES = 10
@@ -56,17 +53,8 @@ def model(config: Config, params: Params) -> str:
     )
 
 
-def attention(config: Config, apply: Callable[..., Any], params: Params, batch: Batch) -> str:
-    """Which attention implementation the model's calls get: found by tracing one batch.
-
-    Raises ConfigError if the one asked for is not known or cannot do these calls.
-    """
-    try:
-        jax.eval_shape(functools.partial(batch_loss, apply), params, batch)
-    except (ValueError, NotImplementedError) as error:
-        if config.model.attention is None:
-            raise
-        raise ConfigError(f"--model.attention: {error}") from error
+def attention(config: Config) -> str:
+    """Which attention implementation the calls got that were traced so far."""
     if config.model.attention is not None:
         return f"{config.model.attention} (asked for)"
     picked = ", ".join(dispatch.picked("attention"))
@@ -138,6 +126,8 @@ def summary(
     seconds: float,
 ) -> None:
     """Writes RUN/summary.md and RUN/loss.png and prints the page."""
+    from jaxformer.training import figures  # matplotlib, which would delay the first step
+
     figures.loss_curve(folder, folder.loss_curve, f"{config.preset}: loss")
     lines = [
         f"# {config.preset}",

@@ -1,0 +1,94 @@
+"""What a program sets before it computes: where compiled code is kept for the next start.
+
+jax can keep what XLA compiled in a folder, under a hash of the program, the compiler's options and
+the versions; a later process reads it back in place of compiling, and computes the same to the last
+bit. `train.py` and `jaxformer` turn this on:
+
+- `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
+- `JAX_COMPILATION_CACHE_DIR` names another folder; jax's own settings then hold unchanged.
+- Otherwise the folder is `$XDG_CACHE_HOME/jaxformer/xla/<machine>` (`~/.cache/...` by default).
+  It grows to 512 MiB, then loses what was longest unused, and may be deleted at any time. Several
+  processes may share it. Only its owner may read it, for what lies there is executed.
+"""
+
+import hashlib
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+LARGEST_CACHE = 512 * 2**20
+"""Bytes."""
+LEAST_SECONDS = 0.05
+"""What compiles faster than this is not worth a file."""
+UNFINISHED_SECONDS = 60
+
+
+def keep_compiled() -> Path | None:
+    """Lets jax keep compiled programs in the user's cache folder.
+
+    Returns the folder; None if the user chose otherwise or it cannot be written to.
+    """
+    chosen = "JAX_COMPILATION_CACHE_DIR" in os.environ or _setting("jax_compilation_cache_dir")
+    if chosen or not _setting("jax_enable_compilation_cache"):
+        return None
+    folder = cache_folder()
+    if folder is None:
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", LARGEST_CACHE)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+def cache_folder() -> Path | None:
+    """The folder of compiled programs, made if missing; None if there can be none."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        if not base.is_absolute():
+            base = Path.home() / ".cache"
+        folder = base / "jaxformer" / "xla" / _machine()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            return None
+        _remove_unfinished(folder)
+    except (OSError, RuntimeError):  # RuntimeError: a user without home
+        return None
+    return folder
+
+
+def _setting(name: str) -> Any:
+    return getattr(jax.config, name)
+
+
+def _machine() -> str:
+    """A hash of the processor's features: code for one may be illegal on another.
+
+    A home folder is often shared between machines.
+    """
+    features = platform.machine()
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+            # The first processor's; there may be hundreds.
+            features += next(line for line in file if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        features += platform.processor()
+    return hashlib.sha256(features.encode()).hexdigest()[:12]
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes programs whose writer was killed before it noted the time, its last act.
+
+    jax would stumble over them at each start, and never replace them.
+    """
+    names = {entry.name for entry in os.scandir(folder)}
+    for name in names:
+        key = name.removesuffix("-cache")
+        if key != name and f"{key}-atime" not in names:
+            path = folder / name
+            if time.time() - path.stat().st_mtime > UNFINISHED_SECONDS:
+                path.unlink(missing_ok=True)
