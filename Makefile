@@ -4,7 +4,8 @@
 #   VENV    where the environment lives, else .venv
 #   PRESET  what `make train` trains                 make train PRESET=text
 #   LESSON  which lessons, else all                  make lessons LESSON=7
-#   ARGS    passed on to train.py, pytest or aot     make test ARGS="-k attention"
+#   ARGS    passed on to train.py, pytest, aot or    make test ARGS="-k attention"
+#           the benchmarks
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -25,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lessons lint format types aot-tpu aot-h100 kernel-table test-mosaic-gpu lock clean .venv
+.PHONY: help train test lessons bench bench-full lint format types aot-tpu aot-h100 kernel-table test-mosaic-gpu lock clean .venv
 
 help: ## list what make can do
 	@grep -hE '^[a-z0-9.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -43,6 +44,18 @@ test: $(STAMP) ## run the whole test suite (ARGS="-m 'not slow'" for the quick p
 
 lessons: $(STAMP) ## measure and write the pages of docs/lessons (LESSON="6 7", ARGS=--render)
 	@$(BIN)/python -m lessons $(LESSON) $(ARGS)
+
+# torch and transformers are competitors only: without them their rows are left out.
+bench: $(STAMP) ## measure speed on this machine, in minutes, and write benchmarks/results/report.html
+	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("transformers")))' || \
+		echo "bench: without PyTorch and transformers; to add them: $(BIN)/python -m pip install 'torch>=2.13' 'transformers>=5'"
+	@for part in kernels train decode data; do \
+		echo "bench: $$part" && $(BIN)/python -m benchmarks.$$part $(ARGS) || exit 1; \
+	done
+	@$(BIN)/python -m benchmarks.report
+
+bench-full: ## the same over every shape, with growth curves: hours
+	@$(MAKE) --no-print-directory bench ARGS="--full $(ARGS)"
 
 lint: $(STAMP) ## ruff: rules and format, changing nothing
 	@$(BIN)/ruff check
