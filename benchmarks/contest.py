@@ -1,11 +1,12 @@
 """Contenders in processes of their own that take turns.
 
 Libraries in one process share an allocator and leave threads spinning in each other's turns. Here
-each has a process, with its own peak of memory; while one works, the others wait at a pipe.
+each has a process, with its own peak of memory; while one works, the others wait at a pipe. `Here`
+takes part in this process, for a library that leaves no thread spinning.
 
 A contender is a function named "module:function". Its keyword arguments are JSON; it gets ready and
-returns `turn`, or `(turn, facts)`: `turn()` does one turn's work to the end (and may return facts of
-its own), `facts` is a dict of JSON.
+returns `turn`, or `(turn, facts)`: `turn()` does one turn's work to the end (and may return facts
+of its own, or take arguments of JSON), `facts` is a dict of JSON.
 """
 
 import importlib
@@ -15,9 +16,9 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.measure import Times
 
@@ -26,6 +27,26 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 class ContestError(RuntimeError):
     """A contender's process ended early; the message holds the end of what it said."""
+
+
+class TakesTurns(Protocol):
+    """What `race` runs."""
+
+    def turn(self) -> tuple[float, dict[str, Any]]:
+        """(seconds, facts) of one turn."""
+        ...
+
+
+class Here:
+    """A program of this process; it returns when its work is done."""
+
+    def __init__(self, program: Callable[[], Any]):
+        self._program = program
+
+    def turn(self) -> tuple[float, dict[str, Any]]:
+        start = time.perf_counter()
+        self._program()
+        return time.perf_counter() - start, {}
 
 
 class Contender:
@@ -58,9 +79,9 @@ class Contender:
         self.facts = self._answer()
         self.facts["ready_s"] = round(time.perf_counter() - started, 3)
 
-    def turn(self) -> tuple[float, dict[str, Any]]:
-        """(seconds, facts) of one turn."""
-        answer = self._ask("turn")
+    def turn(self, **arguments: Any) -> tuple[float, dict[str, Any]]:
+        """(seconds, facts) of one turn; the arguments are what the contender's `turn` takes."""
+        answer = self._ask(f"turn {json.dumps(arguments)}")
         return answer["seconds"], answer["facts"]
 
     def stop(self) -> dict[str, Any]:
@@ -94,13 +115,21 @@ class Contender:
 
 
 def race(
-    contenders: Mapping[str, Contender], *, turns: int, warm_up: int = 2
+    contenders: Mapping[str, TakesTurns], *, turns: int, warm_up: int = 2, rest: float = 0.0
 ) -> tuple[dict[str, Times], dict[str, dict[str, Any]]]:
-    """Times of contenders that take turns, and the facts of each one's last turn."""
+    """Times of contenders that take turns, and the facts of each one's last turn.
+
+    Args:
+        contenders: by name.
+        turns: that count, of each.
+        warm_up: turns before them.
+        rest: seconds before every turn, in which threads of the one before stop spinning.
+    """
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     facts: dict[str, dict[str, Any]] = {}
     for turn in range(-warm_up, turns):
         for name, contender in contenders.items():
+            time.sleep(rest)
             seconds, facts[name] = contender.turn()
             if turn >= 0:
                 taken[name].append(seconds)
@@ -116,13 +145,14 @@ def _serve(target: str, options: str) -> None:
     turn, facts = made if isinstance(made, tuple) else (made, {})
     print(json.dumps(facts), file=answers, flush=True)
     for line in sys.stdin:
-        if line.strip() == "stop":
+        what, _, arguments = line.strip().partition(" ")
+        if what == "stop":
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             unit = 2**20 if sys.platform == "darwin" else 2**10
             print(json.dumps({"peak_mib": round(peak / unit)}), file=answers, flush=True)
             return
         start = time.perf_counter()
-        facts = turn() or {}
+        facts = turn(**json.loads(arguments or "{}")) or {}
         answer = {"seconds": time.perf_counter() - start, "facts": facts}
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -12,13 +12,16 @@ def test_every_shape_is_measured_once():
     assert ["llama2_70b", "llama3_8b"] in list(found.values())
 
 
-@pytest.mark.parametrize("op", ["attention", "decode_attention", "linear_cross_entropy"])
+@pytest.mark.parametrize(
+    "op", ["attention", "decode_attention", "linear_cross_entropy", "ctc_loss"]
+)
 def test_errors_are_against_float32_and_those_of_plain_bfloat16_stand_beside(monkeypatch, op):
-    for size in ("LENGTH", "HEAD_DIM", "TOKENS", "WIDTH"):
+    for size in ("LENGTH", "HEAD_DIM", "TOKENS", "WIDTH", "FRAMES"):
         monkeypatch.setattr(accuracy, size, 8)
-    _, _, _, run, operands = next(call for call in accuracy.calls() if call[0] == op)
-    errors = accuracy.errors(run, "xla", operands)
-    gradients = {f"d{name}" for name in operands} if op != "decode_attention" else set()
+    monkeypatch.setattr(accuracy, "LABELS", 4)
+    call = next(call for _, call in accuracy.calls() if call.op == op)
+    errors = accuracy.errors(call, "xla")
+    gradients = {f"d{name}" for name in call.operands} if op != "decode_attention" else set()
     assert {name for name in errors if name.startswith("d")} == gradients
     for mine, plain in errors.values():
         assert 0 <= mine <= 2 * plain
