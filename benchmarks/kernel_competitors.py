@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +17,18 @@ TORCH = "torch"
 
 def competitors(op: str) -> dict[str, Callable[[Any], Function]]:
     """Name -> shape -> the call, which may refuse with NotImplementedError; torch apart."""
-    found = {
+    every: dict[str, dict[str, Callable[[Any], Function]]] = {
         "attention": {"jax_nn": jax_nn_attention},
         "linear_cross_entropy": {"optax": optax_projection},
         "decode_attention": {"jax_nn": jax_nn_decode},
         "ctc_loss": {"optax": lambda shape: optax_ctc},
-    }[op]
-    if jax.default_backend() == "gpu" and op == "attention":
-        found["jax_nn_cudnn"] = lambda shape: jax_nn_attention(shape, "cudnn")
+    }
+    if jax.default_backend() == "gpu":
+        every["attention"]["jax_nn_cudnn"] = lambda shape: jax_nn_attention(shape, "cudnn")
     if installed("tokamax"):
-        found |= {
-            "attention": {"tokamax": tokamax_attention},
-            "linear_cross_entropy": {"tokamax": tokamax_projection},
-        }.get(op, {})
-    return found
+        every["attention"]["tokamax"] = tokamax_attention
+        every["linear_cross_entropy"]["tokamax"] = tokamax_projection
+    return every[op]
 
 
 def installed(package: str) -> bool:
@@ -38,7 +36,7 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _masked(op: str, shape, aligned: bool) -> dict[str, Any]:
+def _masked(op: str, shape, *, aligned: bool) -> dict[str, Any]:
     """Arguments for what is hidden, for functions that line queries and keys up at the first."""
     causal = getattr(shape, "causal", True)
     if aligned and (not causal or shape.T == shape.S):
@@ -53,7 +51,7 @@ def _window(shape) -> tuple[int, int]:
     return left, right
 
 
-def jax_nn_attention(shape, implementation: str = "xla") -> Function:
+def jax_nn_attention(shape, implementation: Literal["xla", "cudnn"] = "xla") -> Function:
     """`jax.nn.dot_product_attention`."""
     kernel_shapes.refuse("jax.nn.dot_product_attention", softcap=shape.softcap, sinks=shape.sinks)
 

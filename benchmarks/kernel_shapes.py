@@ -231,5 +231,5 @@ def cotangent(index: int, shape: tuple[int, ...]) -> np.ndarray:
         shape: of the result.
     """
     if not shape:
-        return np.float32(1)
+        return np.ones((), np.float32)
     return draw(9 + index, *shape).astype(ml_dtypes.bfloat16).astype(np.float32)

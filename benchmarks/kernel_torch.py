@@ -40,7 +40,8 @@ def serve(cuda: bool = False) -> tuple[Callable, dict[str, Any]]:
             found = ready["program"]()
         except (NotImplementedError, RuntimeError) as refusal:
             return {"refused": f"{refusal}".splitlines()[0]}
-        np.savez(Path(save), **{name: as_numpy(x) for name, x in found.items()})
+        arrays: dict[str, Any] = {name: as_numpy(x) for name, x in found.items()}
+        np.savez(Path(save), **arrays)
         return {"peak_bytes": torch.cuda.max_memory_allocated()} if device == "cuda" else {}
 
     return turn, {"threads": torch.get_num_threads(), "device": device}

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -192,8 +193,8 @@ def temporaries(function, T):
     """Bytes that gradients of causal attention at B2 N8 H64 need beside operands and results."""
     x = jax.ShapeDtypeStruct((2, T, 8, 64), jnp.float32)
     program = jax.jit(functools.partial(kernel_calls.with_gradients, function))
-    lowered = program.lower({"q": x, "k": x, "v": x}, {}, {"out": x})
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+    compiled: Any = program.lower({"q": x, "k": x, "v": x}, {}, {"out": x}).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 SWEPT = dataclasses.replace(ATTENTION["subwords"], B=2, T=4096, S=4096, N=8, K=8, H=64)
