@@ -37,7 +37,8 @@ def losses_of_both(tmp_path, name, **options):
 def test_pytorch_s_model_has_our_losses_before_and_after_three_updates(tmp_path, name):
     ours, theirs = losses_of_both(tmp_path, name)
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
-    np.testing.assert_allclose(ours[-1], theirs[-1], rtol=1e-4)
+    # Another b2, weight decay, epsilon or clipping differs by 1.4e-6 or more.
+    np.testing.assert_allclose(ours[-1], theirs[-1], rtol=1e-6)
     # The updates matter: what is compared is not the initial loss four times.
     assert np.ptp(ours) > 1e-3 * ours[0]
 
