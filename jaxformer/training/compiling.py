@@ -40,5 +40,15 @@ def run_once(make: Callable[[], Any], like: Any) -> Any:
     CPU LLVM optimises little: of random draws it makes nothing faster, and takes four times longer.
     """
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return jax.jit(make, out_shardings=shardings, compiler_options=options)()
+    # Flat, as a state is checked to hold arrays, not shardings.
+    leaves, structure = jax.tree.flatten(like)
+
+    def first_state() -> list[Any]:
+        return jax.tree.leaves(make())
+
+    program = jax.jit(
+        first_state,
+        out_shardings=[leaf.sharding for leaf in leaves],
+        compiler_options=options,
+    )
+    return jax.tree.unflatten(structure, program())
