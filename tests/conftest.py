@@ -1,6 +1,7 @@
 """What every test runs under: CPU, eight devices, checked shapes, compiled code kept on disk."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,6 +12,15 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+# Compiling is most of what the tests do. They hold our programs to their tolerances, not XLA's
+# optimiser, so here it does little; JAX_DISABLE_MOST_OPTIMIZATIONS=0 has it do what users get, and so
+# does .ci/run on the newest jax. The fusion emitters, which take the better part of a compilation,
+# can be left out of jax 0.10 alone: a flag that XLA does not know ends the process.
+QUICK = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
+FLAGS = os.environ.get("XLA_FLAGS", "")
+if QUICK and version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_cpu_use_fusion_emitters=false"
+
 import hypothesis
 import jax
 import jaxtyping
@@ -20,6 +30,11 @@ import pytest
 # measured. Set here alone: a program that a test starts has one device, as on a laptop.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", 8)
+
+# XLA reads its flags once, here; the programs that a test starts are compiled as users' are.
+jax.config.update("jax_disable_most_optimizations", QUICK)
+jax.devices()
+os.environ["XLA_FLAGS"] = FLAGS
 
 # Shape and dtype annotations are checked in tests only, and only in modules imported after this.
 jaxtyping.install_import_hook(["jaxformer", "jaxformer_kernels"], "beartype.beartype")
