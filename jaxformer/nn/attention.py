@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformer.config import ModelConfig
 from jaxformer.nn.cache import Cache
-from jaxformer.nn.linear import Linear
+from jaxformer.nn.linear import Linear, together
 from jaxformer.nn.norm import RMSNorm
 from jaxformer.nn.position import rotary
 from jaxformer_kernels import Dropout, Mask, attention, decode_attention
@@ -61,26 +61,28 @@ class Attention(nnx.Module):
         self, source: Float[Array, "B S D"], positions: Int[Array, "B S"] | None = None
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Keys and values of a source; rotated to `positions` where those are given."""
-        keys = self.key(source)
-        if self.key_norm is not None:
-            keys = self.key_norm(keys)
-        if positions is not None:
-            keys = rotary(keys, positions, self.config.rotary_base)
-        return keys, self.value(source)
+        keys, values = together((self.key, self.value), source)
+        return self._ready(keys, self.key_norm, positions), values
+
+    def queries_keys_values(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T N H"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
+        """Queries, and keys and values, of the same x."""
+        queries, keys, values = together((self.query, self.key, self.value), x)
+        queries = self._ready(queries, self.query_norm, positions)
+        return queries, (self._ready(keys, self.key_norm, positions), values)
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        queries: Float[Array, "B T N H"],
         keys_values: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]],
         *,
         mask: Mask,
         bias: Float[Array, "#B #N #T #S"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
-        """Attends from x to keys and values; queries are rotated to `positions` where given."""
+        """Attends from queries to keys and values."""
         config = self.config
-        queries = self._queries(x, positions)
         operands = (array.astype(config.compute_dtype) for array in (queries, *keys_values))
         dropped = (
             Dropout(config.attention_dropout, key)
@@ -100,25 +102,21 @@ class Attention(nnx.Module):
 
     def decode(
         self,
-        x: Float[Array, "B T D"],
+        queries: Float[Array, "B T N H"],
         keys_values: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]],
         *,
         cache: Cache,
         window: tuple[int | None, int | None] | None,
-        positions: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
-        """Attends from x, the next tokens, to a layer of the cache that holds their keys already.
+        """Attends from the next tokens to a layer of the cache that holds their keys already.
 
         Forward only; what the cache has room for and does not hold costs nothing.
         """
         config = self.config
-        operands = (
-            array.astype(config.compute_dtype)
-            for array in (self._queries(x, positions), *keys_values)
-        )
+        operands = (array.astype(config.compute_dtype) for array in (queries, *keys_values))
         mixed = decode_attention(
             *operands,
-            jnp.broadcast_to(cache.index + x.shape[1], cache.start.shape),
+            jnp.broadcast_to(cache.index + queries.shape[1], cache.start.shape),
             starts=cache.start,
             window=window,
             softcap=config.attention_softcap,
@@ -127,15 +125,15 @@ class Attention(nnx.Module):
         return self.out(mixed)
 
     def weights(
-        self, x: Float[Array, "B T D"], keys: Float[Array, "B S K H"], *, mask: Mask
+        self, queries: Float[Array, "B T N H"], keys: Float[Array, "B S K H"], *, mask: Mask
     ) -> Float[Array, "B T N S"]:
-        """How much each head of each place of x attends to each key; for looking at, not speed."""
+        """How much each head of each place attends to each key; for looking at, not speed."""
         # Mixing unit vectors in place of values leaves the weights themselves.
         B, S, K, _ = keys.shape
         units = jnp.broadcast_to(jnp.eye(S, dtype=keys.dtype)[None, :, None], (B, S, K, S))
         config = self.config
         return attention(
-            self._queries(x, None),
+            queries,
             keys,
             units,
             mask=mask,
@@ -143,15 +141,18 @@ class Attention(nnx.Module):
             scale=config.attention_scale,
         )
 
-    def _queries(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | None
+    def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+        """Queries of x, which attends to a source: without positions."""
+        return self._ready(self.query(x), self.query_norm, None)
+
+    def _ready(
+        self, heads: Float[Array, "B T N H"], norm: RMSNorm | None, positions: Array | None
     ) -> Float[Array, "B T N H"]:
-        queries = self.query(x)
-        if self.query_norm is not None:
-            queries = self.query_norm(queries)
+        if norm is not None:
+            heads = norm(heads)
         if positions is not None:
-            queries = rotary(queries, positions, self.config.rotary_base)
-        return queries
+            heads = rotary(heads, positions, self.config.rotary_base)
+        return heads
 
 
 def self_attention(
@@ -169,15 +170,12 @@ def self_attention(
 
     Returns the output and the cache with x's keys and values written into `layer`.
     """
-    keys, values = module.keys_values(x, positions)
+    queries, (keys, values) = module.queries_keys_values(x, positions)
     if cache is not None:
         cache = cache.write(layer, keys, values)
-        keys, values = jnp.take(cache.keys, layer, axis=0), jnp.take(cache.values, layer, axis=0)
+        keys, values = cache.read(layer)
         plain = bias is None and module.config.attention is None
         if plain and x.shape[1] <= _FEW_TOKENS and keys.size >= _LARGE_LAYER:
-            y = module.decode(
-                x, (keys, values), cache=cache, window=mask.window, positions=positions
-            )
-            return y, cache
-    y = module(x, (keys, values), mask=mask, bias=bias, positions=positions, key=key)
+            return module.decode(queries, (keys, values), cache=cache, window=mask.window), cache
+    y = module(queries, (keys, values), mask=mask, bias=bias, key=key)
     return y, cache

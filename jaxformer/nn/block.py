@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -93,17 +92,19 @@ class Block(nnx.Module):
         def attend_source(y: Array) -> Array:
             assert self.cross_attention is not None and cross_mask is not None
             if cache is not None:
-                assert cache.cross_keys is not None and cache.cross_values is not None
-                keys_values = (
-                    jnp.take(cache.cross_keys, layer, axis=0),
-                    jnp.take(cache.cross_values, layer, axis=0),
-                )
-            else:
-                assert source is not None
-                keys_values = self.cross_attention.keys_values(source)
+                keys_values = cache.read_source(layer)
+                # Rows that share a source (beams) attend to it as so many tokens of one row.
+                shared = y.reshape(keys_values[0].shape[0], -1, y.shape[-1])
+                queries = self.cross_attention.queries(shared)
+                mixed = self.cross_attention(queries, keys_values, mask=cross_mask)
+                return mixed.reshape(y.shape)
+            assert source is not None
+            keys_values = self.cross_attention.keys_values(source)
+            queries = self.cross_attention.queries(y)
             if record is not None:
-                record.append(self.cross_attention.weights(y, keys_values[0], mask=cross_mask))
-            return self.cross_attention(y, keys_values, mask=cross_mask, key=keys[2])
+                weights = self.cross_attention.weights(queries, keys_values[0], mask=cross_mask)
+                record.append(weights)
+            return self.cross_attention(queries, keys_values, mask=cross_mask, key=keys[2])
 
         x = residual(x, self.attention_norm, attend, keys[1])
         if self.cross_attention_norm is not None:

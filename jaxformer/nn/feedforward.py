@@ -2,19 +2,19 @@
 
 import functools
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxformer.config import ModelConfig
-from jaxformer.nn.linear import Linear
+from jaxformer.nn import activation
+from jaxformer.nn.linear import Linear, together
 
-ACTIVATIONS = {
-    "relu": jax.nn.relu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
-    "swiglu": jax.nn.silu,
-    "geglu": functools.partial(jax.nn.gelu, approximate=True),
+CURVES = {
+    "relu": activation.relu,
+    "gelu": activation.gelu,
+    "gelu_exact": activation.gelu_exact,
+    "swiglu": activation.silu,
+    "geglu": activation.gelu,
 }
 GATED = ("swiglu", "geglu")
 
@@ -37,7 +37,8 @@ class FeedForward(nnx.Module):
         self.down = linear(hidden, width, scale=scale)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        activation = ACTIVATIONS[self.activation]
+        curve = CURVES[self.activation]
         if self.gate is None:
-            return self.down(activation(self.up(x)))
-        return self.down(activation(self.gate(x)) * self.up(x))
+            return self.down(activation.activate(curve, self.up(x)))
+        gate, up = together((self.gate, self.up), x)
+        return self.down(activation.gate(curve, up, by=gate))

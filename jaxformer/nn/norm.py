@@ -1,5 +1,7 @@
 """Normalisation of the last axis, or over a batch; statistics in float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -24,13 +26,8 @@ class LayerNorm(nnx.Module):
         self.scale, self.bias = _scale_and_bias(axes, bias, rngs, param_dtype)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
-        if self.bias is not None:
-            y = y + self.bias[...]
-        return y.astype(x.dtype)
+        bias = None if self.bias is None else self.bias[...]
+        return normalise(x, self.scale[...], bias, self.epsilon, True)
 
 
 class RMSNorm(nnx.Module):
@@ -48,9 +45,53 @@ class RMSNorm(nnx.Module):
         self.scale = parameter(jax.nn.initializers.ones, axes, rngs=rngs, dtype=param_dtype)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.square(wide).mean(-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...]).astype(x.dtype)
+        return normalise(x, self.scale[...], None, self.epsilon, False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalise(
+    x: Float[Array, "*P D"],
+    scale: Float[Array, "D"],
+    bias: Float[Array, "D"] | None,
+    epsilon: float,
+    centred: bool,
+) -> Float[Array, "*P D"]:
+    """x over the root of its mean square, by rows; `centred`: after its mean was subtracted.
+
+    In float32 within, and x's dtype again. The backward pass keeps x and two numbers a row, where
+    derivatives by rule would keep several arrays as large as x in float32.
+    """
+    return _normalise(x, scale, bias, epsilon, centred)[0]
+
+
+def _normalise(x, scale, bias, epsilon, centred):
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True) if centred else None
+    shifted = wide if mean is None else wide - mean
+    factor = jax.lax.rsqrt(jnp.square(shifted).mean(-1, keepdims=True) + epsilon)
+    y = shifted * factor * scale
+    if bias is not None:
+        y = y + bias
+    return y.astype(x.dtype), (x, mean, factor, scale, bias)
+
+
+def _normalise_backward(epsilon, centred, saved, cotangent):
+    x, mean, factor, scale, bias = saved
+    # Else XLA would keep the forward pass's intermediate arrays, which it finds here again.
+    x = jax.lax.optimization_barrier(x)
+    wide, dy = x.astype(jnp.float32), cotangent.astype(jnp.float32)
+    normal = (wide if mean is None else wide - mean) * factor
+    rows = tuple(range(x.ndim - 1))
+    g = dy * scale
+    dx = g - normal * (g * normal).mean(-1, keepdims=True)
+    if centred:
+        dx = dx - g.mean(-1, keepdims=True)
+    dscale = (dy * normal).sum(rows).astype(scale.dtype)
+    dbias = None if bias is None else dy.sum(rows).astype(bias.dtype)
+    return (dx * factor).astype(x.dtype), dscale, dbias
+
+
+normalise.defvjp(_normalise, _normalise_backward)
 
 
 class BatchNorm(nnx.Module):

@@ -82,8 +82,8 @@ def test_module_equals_attention_computed_head_by_head(name):
     @jax.jit
     def run(params, x):
         places = jnp.arange(7)[None].repeat(2, 0) if rotate else None
-        keys_values = apply(params, x, places, method="keys_values")
-        return apply(params, x, keys_values, mask=Mask(causal=True), positions=places)
+        queries, keys_values = apply(params, x, places, method="queries_keys_values")
+        return apply(params, queries, keys_values, mask=Mask(causal=True))
 
     x = 0.3 * random.normal(size=(2, 7, WIDTH)).astype(np.float32)
     kv_heads = config.kv_heads or HEADS
@@ -99,8 +99,8 @@ def test_attention_dropout_acts_with_a_key_and_keeps_the_expectation():
 
     @jax.jit
     def run(key):
-        keys_values = apply(params, x, method="keys_values")
-        return apply(params, x, keys_values, mask=Mask(), key=key)
+        queries, keys_values = apply(params, x, method="queries_keys_values")
+        return apply(params, queries, keys_values, mask=Mask(), key=key)
 
     plain = run(None)
     many = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(2), 3000))
@@ -119,7 +119,8 @@ def test_weights_sum_to_one_are_zero_on_padding_and_reproduce_the_output(options
     real = jnp.array([[1] * 6, [1] * 4 + [0] * 2])
     mask = Mask(q_segment_ids=jnp.ones((2, 5), jnp.int32), kv_segment_ids=real)
     keys, values = apply(params, source, method="keys_values")
-    weights = apply(params, x, keys, mask=mask, method="weights")
+    queries = apply(params, x, method="queries")
+    weights = apply(params, queries, keys, mask=mask, method="weights")
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
     assert (np.asarray(weights)[1, :, :, 4:] == 0).all()
     assert (np.asarray(weights)[0] > 0).all()
@@ -127,5 +128,5 @@ def test_weights_sum_to_one_are_zero_on_padding_and_reproduce_the_output(options
     mixed = jnp.einsum("btns,bsnh->btnh", weights, values)
     out = params["out"]
     output = jnp.einsum("btnh,nhd->btd", mixed, out["kernel"]) + out["bias"]
-    found = apply(params, x, apply(params, source, method="keys_values"), mask=mask)
+    found = apply(params, queries, apply(params, source, method="keys_values"), mask=mask)
     np.testing.assert_allclose(found, output, atol=1e-5)

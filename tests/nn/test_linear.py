@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxformer.nn import Embedding, Linear, pure
-from jaxformer.nn.linear import matmul
+from jaxformer.nn.linear import matmul, together
 
 EIGHTH_BITS = 2.0**-8
 """The rounding of a bfloat16: half a unit in its eighth binary place."""
@@ -138,3 +139,27 @@ def test_embedding_looks_rows_up():
     table = np.asarray(module.table[...])
     tokens = jnp.array([[3, 11], [0, 3]])
     np.testing.assert_array_equal(module(tokens), table[np.asarray(tokens)])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_together_give_what_each_gives_alone_with_all_gradients(dtype):
+    make = functools.partial(Linear, bias=True, compute_dtype=dtype)
+    layers = [
+        make({"D": 24}, {"N": 4, "H": 6}, rngs=nnx.Rngs(0)),
+        make({"D": 24}, {"K": 2, "H": 6}, rngs=nnx.Rngs(1)),
+        make({"D": 24}, {"F": 5}, rngs=nnx.Rngs(2)),
+    ]
+    x = jax.random.normal(jax.random.key(0), (3, 7, 24))
+
+    def alone(layers, x):
+        return [layer(x) for layer in layers]
+
+    def total(function):
+        return lambda *operands: sum(jnp.sum(jnp.sin(y)) for y in function(*operands))
+
+    chex.assert_trees_all_close(together(layers, x), alone(layers, x), atol=1e-6)
+    wanted = jax.jit(jax.grad(total(alone), argnums=(0, 1)))(layers, x)
+    found = jax.jit(jax.grad(total(together), argnums=(0, 1)))(layers, x)
+    # The gradient of x is one sum here and three there, each rounded to its operands.
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    chex.assert_trees_all_close(found, wanted, atol=tolerance, rtol=tolerance)

@@ -274,3 +274,37 @@ def test_narrow_inputs_are_normalised_in_float32_and_stay_narrow():
     assert y.dtype == jnp.bfloat16 and new["mean"].dtype == jnp.float32
     exact = np.asarray(x, np.float64)
     np.testing.assert_allclose(new["mean"], 0.1 * exact.mean(0), rtol=1e-6)
+
+
+def by_formula(norm, x, scale, bias, epsilon):
+    centred = x - x.mean(-1, keepdims=True) if norm is LayerNorm else x
+    y = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon) * scale
+    return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize(
+    ("norm", "options"), [(LayerNorm, {}), (LayerNorm, dict(bias=False)), (RMSNorm, {})]
+)
+def test_gradients_are_those_of_the_formula_in_float64(norm, options):
+    random = np.random.default_rng(3)
+    layer = norm({"D": 24}, rngs=nnx.Rngs(0), epsilon=1e-2, **options)
+    x, cotangent = (3 + 2 * random.normal(size=(2, 5, 24)) for _ in range(2))
+    scale, bias = random.normal(size=24), random.normal(size=24)
+    apply, params = pure(layer)
+    params = {"scale": jnp.float32(scale)} | (
+        {"bias": jnp.float32(bias)} if "bias" in params else {}
+    )
+    _, pull = jax.vjp(apply, params, jnp.float32(x))
+    of_params, dx = jax.jit(pull)(jnp.float32(cotangent))
+    with jax.enable_x64(True):
+        _, pull = jax.vjp(
+            lambda x, scale, bias: by_formula(norm, x, scale, bias, 1e-2),
+            jnp.asarray(x),
+            jnp.asarray(scale),
+            jnp.asarray(bias) if "bias" in params else None,
+        )
+        wanted = pull(jnp.asarray(cotangent))
+    np.testing.assert_allclose(dx, wanted[0], rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(of_params["scale"], wanted[1], rtol=1e-5, atol=2e-5)
+    if "bias" in params:
+        np.testing.assert_allclose(of_params["bias"], wanted[2], rtol=1e-5, atol=2e-5)
