@@ -118,17 +118,19 @@ def measure(
     turns = int(min(turns, max(min(turns, LEAST_TURNS), left / max(a_round, 1e-6))))
     times, _ = contest.race(runners, turns=turns, warm_up=0, rest=rest)
 
-    ours = next((name for name in contenders if name in APIS[call.op].IMPLEMENTATIONS), None)
+    mine = APIS[call.op].IMPLEMENTATIONS
+    ours = next((name for name in contenders if name in mine and name in times), None)
     work = kernel_shapes.flops(call.op, call.shape, gradients)
     peak = max(ceilings["matmul_float32_tflops"], ceilings[f"matmul_{dtype}_tflops"])
     floor = max(work / peak / 1e12, moved / ceilings["copy_gb_per_s"] / 1e9)
     rows = []
     for name in contenders:
         if name in refused:
-            rows.append({"contender": name, "note": refused[name]})
+            rows.append({"contender": name, "ours": name in mine, "note": refused[name]})
             continue
-        row: dict[str, Any] = {"contender": name, **times[name].milliseconds(), "turns": turns}
-        if ours in times:
+        row: dict[str, Any] = {"contender": name, "ours": name in mine, "turns": turns}
+        row |= times[name].milliseconds()
+        if ours is not None:
             shares = percentiles(
                 [a / b for a, b in zip(times[ours].seconds, times[name].seconds, strict=True)]
             )

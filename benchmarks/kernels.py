@@ -9,9 +9,10 @@ draws throughput and memory against length.
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write and draw."""
     parser, options = parse(arguments)
     try:
-        cases = list(chosen(options))
+        cases = in_breadth(chosen(options))
         contenders = wanted(options, {case.op for case in cases})
     except UnknownName as unknown:
         parser.error(str(unknown))
@@ -153,6 +154,15 @@ def chosen(options: argparse.Namespace) -> Iterator[Case]:
         scale = kernel_shapes.flops(op, shape) / kernel_shapes.flops(op, SHAPES[op][name])
         for dtype in dtypes if possible else ():
             yield Case(op, name, shape, dtype, possible, float(f"{scale:.3g}"))
+
+
+def in_breadth(cases: Iterable[Case]) -> list[Case]:
+    """A case of every op, then the next of every op: a budget that ends early leaves out no op."""
+    of_op: dict[str, list[Case]] = {}
+    for case in cases:
+        of_op.setdefault(case.op, []).append(case)
+    rounds = itertools.zip_longest(*of_op.values())
+    return [case for each in rounds for case in each if case is not None]
 
 
 def shapes(options: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
@@ -254,8 +264,10 @@ def run(
 def rendered(rows, behaviours, ceilings) -> str:
     """Tables in Markdown, the formulas below them, and who refused what."""
     text = []
-    for op in dict.fromkeys(row["op"] for row in rows):
+    for op in SHAPES:
         of_op = [row for row in rows if row["op"] == op]
+        if not of_op:
+            continue
         timed = [row for row in of_op if "ms" in row]
         text += [f"\n### {op}\n"]
         lines = [{key: row[key] for key in COLUMNS if key in row} for row in timed]

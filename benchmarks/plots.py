@@ -46,8 +46,10 @@ def kernels(record: Mapping[str, Any], path: Path) -> None:
             style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.5}
             lengths = [row["length"] for row in line]
             speeds = [row["tflops"] for row in line]
+            ours = any(row.get("ours") for row in line)
+            label = f"jaxformer, {name}" if ours else name
             speed.errorbar(
-                lengths, speeds, yerr=_spread(line), capsize=3, elinewidth=1, label=name, **style
+                lengths, speeds, yerr=_spread(line), capsize=3, elinewidth=1, label=label, **style
             )
             kept = [row for row in line if row.get("temporaries_mib") is not None]
             memory.plot(
