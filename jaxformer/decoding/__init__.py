@@ -35,6 +35,7 @@ from jaxformer.decoding.generate import (
     make_generate,
     make_joint_translate,
     make_score,
+    make_step,
     make_transcribe,
     make_translate,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "make_generate",
     "make_joint_translate",
     "make_score",
+    "make_step",
     "make_transcribe",
     "make_translate",
     "sample",

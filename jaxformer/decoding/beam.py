@@ -163,7 +163,8 @@ def beam_search(
     def advance(state):
         rows_of_parents = jnp.arange(rows)[:, None] * beam + state.parents
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.position - 1, 1, axis=2)
-        logits, cache = step(last.reshape(-1, 1), state.cache.take(rows_of_parents.reshape(-1)))
+        reorder = getattr(state.cache, "reorder", state.cache.take)
+        logits, cache = step(last.reshape(-1, 1), reorder(rows_of_parents.reshape(-1)))
         return extend(state._replace(cache=cache), logits)
 
     start = _State(
@@ -173,7 +174,7 @@ def beam_search(
         log_probs=jnp.full((rows, beam), -jnp.inf, jnp.float32).at[:, 0].set(0.0),
         parents=jnp.zeros((rows, beam), jnp.int32),
         ended=_no_hypotheses(rows, n_best, max_length, pad_id),
-        cache=cache.take(jnp.repeat(jnp.arange(rows), beam)),
+        cache=repeat_rows(cache, rows, beam),
     )
     # The first tokens are chosen outside the loop, so that none is fed that nothing follows.
     state = extend(start, jnp.repeat(logits, beam, axis=0))
@@ -186,6 +187,13 @@ def beam_search(
         finished=jnp.zeros((rows, beam), bool),
     )
     return _fill(state.ended, live, pad_id)
+
+
+def repeat_rows(cache: Any, rows: int, count: int) -> Any:
+    """The cache with each of its rows `count` times, beside each other."""
+    if hasattr(cache, "repeat"):
+        return cache.repeat(count)
+    return cache.take(jnp.repeat(jnp.arange(rows), count))
 
 
 def _fill(ended: Beams, live: Beams, pad_id: int) -> Beams:

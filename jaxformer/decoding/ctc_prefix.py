@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxformer.decoding.beam import repeat_rows
 from jaxformer.decoding.sampling import Step
 
 
@@ -135,6 +136,17 @@ class JointCache:
     def take(self, indices: Int[Array, " Q"]) -> "JointCache":
         """The cache of these rows, in this order."""
         return JointCache(self.decoder.take(indices), self.prefixes.take(indices))
+
+    def repeat(self, count: int) -> "JointCache":
+        """Each row `count` times, beside each other."""
+        rows = self.prefixes.row.shape[0]
+        indices = jnp.repeat(jnp.arange(rows), count)
+        return JointCache(repeat_rows(self.decoder, rows, count), self.prefixes.take(indices))
+
+    def reorder(self, indices: Int[Array, " Q"]) -> "JointCache":
+        """`take` where rows change places within their batch row alone."""
+        reorder = getattr(self.decoder, "reorder", self.decoder.take)
+        return JointCache(reorder(indices), self.prefixes.take(indices))
 
 
 def joint_gains(

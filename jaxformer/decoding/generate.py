@@ -21,6 +21,7 @@ from jaxformer.decoding.sampling import Sampled, Step, greedy, sample
 from jaxformer.decoding.scoring import sequence_log_probs
 from jaxformer.models import model_inputs
 from jaxformer.models.output import CTCFrames, LogitFactors
+from jaxformer.nn import Cache
 from jaxformer.nn.parameters import Params
 from jaxformer_kernels import ctc_loss
 
@@ -47,7 +48,7 @@ def make_translate(
     @jax.jit
     def translate(params: Params, source: Array, source_segment_ids: Array) -> Beams:
         cache = apply(params, source, source_segment_ids, max_length, method="init_cache")
-        step = _step(apply, params)
+        step, cache = make_step(apply, params, cache)
         first = jnp.full((source.shape[0], 1), SOS, jnp.int32)
         logits, cache = step(first, cache)
         if beam == 1 and n_best == 1:
@@ -147,7 +148,7 @@ def make_joint_translate(
     @jax.jit
     def translate(params: Params, source: Array, source_segment_ids: Array) -> Beams:
         cache, frames = apply(params, source, source_segment_ids, max_length, method="init_joint")
-        step = _step(apply, params)
+        step, cache = make_step(apply, params, cache)
         first = jnp.full((source.shape[0], 1), SOS, jnp.int32)
         logits, cache = step(first, cache)
         log_probs = frame_log_probs(frames.logits, frames.lengths, blank=PAD, forbidden=NO_LABELS)
@@ -191,8 +192,9 @@ def make_generate(
         length = prompts.shape[1] + max_length
         cache = apply(params, length, start, method="init_cache")
         logits, cache = apply(params, prompts, cache, last=True, method="extend")
+        step, cache = make_step(apply, params, cache)
         return sample(
-            _step(apply, params),
+            step,
             cache,
             logits[:, -1],
             key=key,
@@ -252,9 +254,22 @@ def _best_path(frames: CTCFrames, max_length: int) -> Beams:
     )
 
 
-def _step(apply: Apply, params: Params) -> Step:
+def make_step(apply: Apply, params: Params, cache: Any) -> tuple[Step, Any]:
+    """The step that a search takes, and the cache to give it in place of this one.
+
+    Call it where the search is traced, once for all of its steps.
+    """
+    options = {}
+    # Out of a stack, a CPU copies each layer's weights and cache at every step, which takes longer
+    # than the step's arithmetic. Unrolled once, before the loop, they are read where they lie. On
+    # accelerators the stack stays: there the copy of the weights would cost memory that large
+    # models do not leave.
+    if isinstance(cache, Cache) and jax.default_backend() == "cpu":
+        options["blocks"] = apply(params, method="unrolled")
+        cache = cache.unrolled()
+
     def step(tokens: Int[Array, "B 1"], cache: Any) -> tuple[Float[Array, "B V"], Any]:
-        logits, cache = apply(params, tokens, cache, method="extend")
+        logits, cache = apply(params, tokens, cache, method="extend", **options)
         return logits[:, -1], cache
 
-    return step
+    return step, cache

@@ -13,7 +13,13 @@ from jaxformer.decoding.scoring import token_log_probs
 
 
 class SearchCache(Protocol):
-    """What a model remembers of the tokens it was fed: any pytree that can gather its rows."""
+    """What a model remembers of the tokens it was fed: any pytree that can gather its rows.
+
+    It may also have `repeat(count)`, each row `count` times beside each other, and `reorder(rows)`,
+    which is `take` of rows that change places only with those repeated from the same row. Beam
+    search calls them in place of `take`: what such rows share need then be neither held in copies
+    nor moved.
+    """
 
     def take(self, indices: Int[Array, "rows"]) -> "SearchCache":
         """The cache whose row i is row indices[i] of this one; the number of rows may change."""

@@ -1,12 +1,14 @@
 """A decoder-only language model."""
 
+from collections.abc import Sequence
+
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformer.config import ModelConfig
 from jaxformer.models.output import LogitFactors, Output
 from jaxformer.models.transformer import Transformer, check_length, make_embedding
-from jaxformer.nn import Cache
+from jaxformer.nn import Block, Cache
 from jaxformer.nn.precision import activation_dtype
 
 
@@ -64,14 +66,24 @@ class DecoderLM(nnx.Module):
             start=start,
         )
 
+    def unrolled(self) -> list[Block]:
+        """The decoder's blocks one by one, for many calls of `extend`."""
+        return self.decoder.unrolled()
+
     def extend(
-        self, tokens: Int[Array, "B T"], cache: Cache, *, last: bool = False
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        *,
+        last: bool = False,
+        blocks: Sequence[Block] | None = None,
     ) -> tuple[Float[Array, "B _ V"], Cache]:
         """Logits after each of the next tokens, and the cache that holds them too.
 
-        With `last`, only the logits after the last of them, [B, 1, V].
+        With `last`, only the logits after the last of them, [B, 1, V]. `blocks` are those of
+        `unrolled`, for a cache that is `unrolled`.
         """
-        x, cache = self.decoder.extend(self.embedding(tokens), cache)
+        x, cache = self.decoder.extend(self.embedding(tokens), cache, blocks=blocks)
         if last:
             x = x[:, -1:]
         return self.output(x, self.embedding).logits(), cache

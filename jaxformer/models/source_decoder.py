@@ -1,6 +1,7 @@
 """A Transformer decoder over an encoded source, whatever encodes it."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxformer.config import ModelConfig
 from jaxformer.models.output import LogitFactors, Output
 from jaxformer.models.transformer import Transformer, check_length
-from jaxformer.nn import Cache, Embedding
+from jaxformer.nn import Block, Cache, Embedding
 from jaxformer.nn.precision import activation_dtype
 
 
@@ -54,14 +55,24 @@ class SourceDecoder(nnx.Module):
         """A cache with the source's keys and values and room for `length` target tokens."""
         return self._new_cache(*self._memory(source, source_segment_ids), length)
 
+    def unrolled(self) -> list[Block]:
+        """The decoder's blocks one by one, for many calls of `extend`."""
+        return self.decoder.unrolled()
+
     def extend(
-        self, tokens: Int[Array, "B T"], cache: Cache, *, last: bool = False
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        *,
+        last: bool = False,
+        blocks: Sequence[Block] | None = None,
     ) -> tuple[Float[Array, "B _ V"], Cache]:
         """Logits after each of the next target tokens, and the cache that holds them too.
 
-        With `last`, only the logits after the last of them, [B, 1, V].
+        With `last`, only the logits after the last of them, [B, 1, V]. `blocks` are those of
+        `unrolled`, for a cache that is `unrolled`.
         """
-        x, cache = self.decoder.extend(self.embedding(tokens), cache)
+        x, cache = self.decoder.extend(self.embedding(tokens), cache, blocks=blocks)
         if last:
             x = x[:, -1:]
         return self.output(x, self.embedding).logits(), cache

@@ -1,6 +1,7 @@
 """What encoder and decoder share: embedding of tokens and places, and a stack of blocks."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jaxformer.config import ModelConfig
 from jaxformer.nn import Block, Cache, Embedding, dropout, run_layers, stack_layers
 from jaxformer.nn.block import make_norm
 from jaxformer.nn.position import RelativeBias, alibi, sinusoidal
+from jaxformer.nn.stack import unstack_layers
 from jaxformer_kernels import Mask
 
 
@@ -139,16 +141,28 @@ class Transformer(nnx.Module):
         )
         return x if self.norm is None else self.norm(x)
 
+    def unrolled(self) -> list[Block]:
+        """The blocks one by one, for many calls of `extend`."""
+        return unstack_layers(self.blocks)
+
     def extend(
-        self, embedded: Float[Array, "B T D"], cache: Cache
+        self,
+        embedded: Float[Array, "B T D"],
+        cache: Cache,
+        *,
+        blocks: Sequence[Block] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Hidden states of the next tokens, given a cache of those before; and the new cache."""
+        """Hidden states of the next tokens, given a cache of those before; and the new cache.
+
+        `blocks` are those of `unrolled`, for a cache that is `unrolled`.
+        """
         tokens = embedded.shape[1]
         positions = cache.positions(tokens)
         mask = Mask(causal=True, window=self._window(), q_offset=cache.index, kv_start=cache.start)
         cross_mask = Mask()
         if cache.source_segment_ids is not None:
-            ones = jnp.ones(embedded.shape[:2], jnp.int32)
+            sources = cache.source_segment_ids.shape[0]
+            ones = jnp.ones((sources, embedded.shape[0] // sources * tokens), jnp.int32)
             cross_mask = Mask(q_segment_ids=ones, kv_segment_ids=cache.source_segment_ids)
         places = cache.index + jnp.arange(tokens, dtype=jnp.int32)
         bias = self._bias(places, jnp.arange(cache.length, dtype=jnp.int32))
@@ -169,8 +183,12 @@ class Transformer(nnx.Module):
             assert extended is not None
             return x, extended
 
-        layers = {"layer": jnp.arange(self.layers)}
-        x, cache = run_layers(layer, self.blocks, (x, cache), layers, scan=self.config.scan)
+        if blocks is not None:
+            for i, block in enumerate(blocks):
+                x, cache = layer(block, (x, cache), {"layer": i})
+        else:
+            layers = {"layer": jnp.arange(self.layers)}
+            x, cache = run_layers(layer, self.blocks, (x, cache), layers, scan=self.config.scan)
         return (x if self.norm is None else self.norm(x)), cache.advance(tokens)
 
     def cross_keys_values(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +16,21 @@ class Cache:
 
     Rows of different length are padded on the left: row b's first token stands in slot `start[b]`,
     and every row's next token goes into the same slot `index`, so a write is one slice.
+
+    Layers are stacked along a leading axis L or, where `unrolled`, each has arrays of its own.
+    C counts the sources: one a row, or one for every B / C rows beside each other.
     """
 
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
+    keys: Float[Array, "L B S K H"] | tuple[Float[Array, "B S K H"], ...]
+    values: Float[Array, "L B S K H"] | tuple[Float[Array, "B S K H"], ...]
     index: Int[Array, ""]
     """The next free slot."""
     start: Int[Array, " B"]
     """The first slot of each row that holds a token."""
-    cross_keys: Float[Array, "L B Z K H"] | None = None
+    cross_keys: Float[Array, "L C Z K H"] | tuple[Float[Array, "C Z K H"], ...] | None = None
     """Keys of the encoded source, computed once."""
-    cross_values: Float[Array, "L B Z K H"] | None = None
-    source_segment_ids: Int[Array, "B Z"] | None = None
+    cross_values: Float[Array, "L C Z K H"] | tuple[Float[Array, "C Z K H"], ...] | None = None
+    source_segment_ids: Int[Array, "C Z"] | None = None
     """1 where the source has a token, 0 where it is padding."""
 
     @staticmethod
@@ -49,24 +53,41 @@ class Cache:
     @property
     def length(self) -> int:
         """Number of slots."""
-        return self.keys.shape[2]
+        return self.keys[0].shape[1] if isinstance(self.keys, tuple) else self.keys.shape[2]
+
+    def unrolled(self) -> "Cache":
+        """The same cache with an array a layer, so that no layer is cut out to be read.
+
+        `layer` is a Python number from then on.
+        """
+        fields = (self.keys, self.values, self.cross_keys, self.cross_values)
+        keys, values, cross_keys, cross_values = (x if x is None else tuple(x) for x in fields)
+        return dataclasses.replace(
+            self, keys=keys, values=values, cross_keys=cross_keys, cross_values=cross_values
+        )
 
     def positions(self, tokens: int) -> Int[Array, "B T"]:
         """Places of the next `tokens` tokens, counted from each row's start (never negative)."""
         slots = self.index + jnp.arange(tokens, dtype=jnp.int32)
         return jnp.maximum(slots[None] - self.start[:, None], 0)
 
+    def read(self, layer: Int[Array, ""] | int) -> tuple[Array, Array]:
+        """Keys and values of one layer, [B, S, K, H]."""
+        return _layer(self.keys, layer), _layer(self.values, layer)
+
+    def read_source(self, layer: Int[Array, ""] | int) -> tuple[Array, Array]:
+        """Keys and values of the source for one layer, [C, Z, K, H]."""
+        assert self.cross_keys is not None and self.cross_values is not None
+        return _layer(self.cross_keys, layer), _layer(self.cross_values, layer)
+
     def write(
         self, layer: Int[Array, ""] | int, keys: Float[Array, "B T K H"], values: Array
     ) -> "Cache":
         """This cache with the next tokens' keys and values of one layer; `index` stays."""
-        place = (layer, 0, self.index, 0, 0)
         return dataclasses.replace(
             self,
-            keys=jax.lax.dynamic_update_slice(self.keys, keys[None].astype(self.keys.dtype), place),
-            values=jax.lax.dynamic_update_slice(
-                self.values, values[None].astype(self.values.dtype), place
-            ),
+            keys=self._written(self.keys, layer, keys),
+            values=self._written(self.values, layer, values),
         )
 
     def advance(self, tokens: int) -> "Cache":
@@ -74,17 +95,49 @@ class Cache:
         return dataclasses.replace(self, index=self.index + tokens)
 
     def take(self, rows: Int[Array, " R"]) -> "Cache":
-        """The cache of these rows, in this order (beam search reorders with it)."""
+        """The cache of these rows, in this order, each with a source of its own."""
+        sources = None if self.source_segment_ids is None else self.source_segment_ids.shape[0]
+        of_source = rows if sources is None else rows // (self.start.shape[0] // sources)
+        return dataclasses.replace(
+            self.reorder(rows),
+            cross_keys=_gather(self.cross_keys, of_source),
+            cross_values=_gather(self.cross_values, of_source),
+            source_segment_ids=_rows(self.source_segment_ids, of_source, 0),
+        )
 
-        def gather(leaf: Array | None, axis: int) -> Array | None:
-            return None if leaf is None else jnp.take(leaf, rows, axis=axis, mode="clip")
+    def repeat(self, count: int) -> "Cache":
+        """Each row `count` times, beside each other; they share their source (beam search)."""
+        rows = jnp.repeat(jnp.arange(self.start.shape[0]), count)
+        return self.reorder(rows)
 
+    def reorder(self, rows: Int[Array, " R"]) -> "Cache":
+        """`take` where rows change places only with rows of the same source, which stays put."""
         return dataclasses.replace(
             self,
-            keys=jnp.take(self.keys, rows, axis=1, mode="clip"),
-            values=jnp.take(self.values, rows, axis=1, mode="clip"),
-            start=jnp.take(self.start, rows, axis=0, mode="clip"),
-            cross_keys=gather(self.cross_keys, 1),
-            cross_values=gather(self.cross_values, 1),
-            source_segment_ids=gather(self.source_segment_ids, 0),
+            keys=_gather(self.keys, rows),
+            values=_gather(self.values, rows),
+            start=_rows(self.start, rows, 0),
         )
+
+    def _written(self, stored: Any, layer: Int[Array, ""] | int, new: Array) -> Any:
+        if isinstance(stored, tuple):
+            old = stored[layer]
+            place = (0, self.index, 0, 0)
+            written = jax.lax.dynamic_update_slice(old, new.astype(old.dtype), place)
+            return (*stored[:layer], written, *stored[layer + 1 :])
+        place = (layer, 0, self.index, 0, 0)
+        return jax.lax.dynamic_update_slice(stored, new[None].astype(stored.dtype), place)
+
+
+def _layer(stored: Any, layer: Int[Array, ""] | int) -> Array:
+    return stored[layer] if isinstance(stored, tuple) else jnp.take(stored, layer, axis=0)
+
+
+def _gather(stored: Any, rows: Int[Array, " R"]) -> Any:
+    if isinstance(stored, tuple):
+        return tuple(_rows(layer, rows, 0) for layer in stored)
+    return _rows(stored, rows, 1)
+
+
+def _rows(leaf: Array | None, rows: Int[Array, " R"], axis: int) -> Any:
+    return None if leaf is None else jnp.take(leaf, rows, axis=axis, mode="clip")

@@ -47,12 +47,13 @@ def run_layers(
             lambda carry, xs: (layer(xs[0], carry, xs[1]), None), carry, (stacked, per_layer)
         )
         return carry
-    for module, item in _unstack((stacked, per_layer)):
+    for module, item in unstack_layers((stacked, per_layer)):
         carry = layer(module, carry, item)
     return carry
 
 
-def _unstack(tree: Any) -> list[Any]:
+def unstack_layers(tree: Any) -> list[Any]:
+    """One tree a layer, of a tree whose leaves (modules too) have a leading axis L."""
     # Split, not index: the gradient of a split is one concatenation, that of an index is a
     # full-size array of zeros a layer.
     leaves, structure = jax.tree.flatten(tree)

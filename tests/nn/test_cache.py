@@ -1,0 +1,134 @@
+"""The key-value cache: its layers stacked or one by one, its rows repeated for beams."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+import jaxformer
+from jaxformer.config import ModelConfig
+from jaxformer.decoding import make_generate, make_translate
+from jaxformer.nn import Cache
+
+LAYERS, ROWS, SLOTS, SOURCE = 2, 3, 5, 4
+TINY = ModelConfig(layers=LAYERS, width=16, heads=4, kv_heads=2, max_length=16)
+
+
+def filled(rows=ROWS):
+    """A cache in which every number is different."""
+    shapes = ((LAYERS, rows, SLOTS, 2, 4), (LAYERS, rows, SOURCE, 2, 4))
+    keys, cross = (jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape) for shape in shapes)
+    start = jnp.arange(rows, dtype=jnp.int32)
+    segments = jnp.arange(rows * SOURCE, dtype=jnp.int32).reshape(rows, SOURCE)
+    return Cache(keys, -keys, jnp.int32(2), start, cross, -cross, segments)
+
+
+def stacked(cache):
+    """The same cache with its layers stacked."""
+    parts = ("keys", "values", "cross_keys", "cross_values")
+    return dataclasses.replace(cache, **{part: jnp.stack(getattr(cache, part)) for part in parts})
+
+
+def assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for found, wanted in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+class TestUnrolled:
+    def test_reads_and_writes_what_the_stack_does(self):
+        cache = filled()
+        unrolled = cache.unrolled()
+        assert unrolled.length == cache.length == SLOTS
+        new = -jnp.ones((ROWS, 2, 2, 4))
+        assert_same(stacked(unrolled.write(1, new, 2 * new)), cache.write(1, new, 2 * new))
+        assert_same(unrolled.read(1), cache.read(1))
+        assert_same(unrolled.read_source(0), cache.read_source(0))
+        rows = jnp.array([2, 0])
+        assert_same(stacked(unrolled.take(rows)), cache.take(rows))
+
+    @pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
+    def test_steps_are_those_of_the_stack(self, kind):
+        config = dataclasses.replace(TINY, kind=kind)
+        apply, params = jaxformer.pure(jaxformer.models.build(config, vocabulary=11))
+        if kind == "decoder":
+            cache = apply(params, 8, jnp.array([0, 2]), method="init_cache")
+        else:
+            source = jnp.array([[5, 6, 7], [5, 6, 0]])
+            cache = apply(params, source, (source > 0).astype(int), 8, method="init_cache")
+        tokens = jnp.array([[4, 5, 6], [7, 8, 9]])
+        blocks = apply(params, method="unrolled")
+        unrolled = cache.unrolled()
+        for part in (tokens, tokens[:, :1]):
+            logits, cache = apply(params, part, cache, method="extend")
+            found, unrolled = apply(params, part, unrolled, blocks=blocks, method="extend")
+            np.testing.assert_allclose(found, logits, atol=1e-5)
+
+
+class TestBeams:
+    def test_repeated_rows_share_their_source(self):
+        cache = filled().repeat(2)
+        assert cache.keys.shape[1] == 2 * ROWS
+        assert cache.cross_keys.shape[1] == cache.source_segment_ids.shape[0] == ROWS
+        np.testing.assert_array_equal(cache.start, [0, 0, 1, 1, 2, 2])
+        swapped = cache.reorder(jnp.array([1, 0, 3, 2, 4, 4]))
+        assert_same(swapped.read_source(0), cache.read_source(0))
+        np.testing.assert_array_equal(swapped.start, cache.start)
+
+    def test_taken_rows_have_a_source_each(self):
+        rows = jnp.array([5, 0, 2])
+        found = filled().repeat(2).take(rows)
+        assert_same(found, filled().take(rows // 2))
+
+    def test_sharing_a_source_changes_no_logits(self):
+        config = dataclasses.replace(TINY, kind="encoder_decoder")
+        apply, params = jaxformer.pure(jaxformer.models.build(config, vocabulary=11))
+        source = jnp.array([[5, 6, 7], [5, 6, 0]])
+        cache = apply(params, source, (source > 0).astype(int), 8, method="init_cache")
+        tokens = jnp.array([[4], [5], [6], [7]])
+        shared, _ = apply(params, tokens, cache.repeat(2), method="extend")
+        rows = jnp.array([0, 0, 1, 1])
+        alone, _ = apply(params, tokens, cache.take(rows), method="extend")
+        np.testing.assert_allclose(shared, alone, atol=1e-5)
+
+
+def loops(jaxpr):
+    """Every `while` in a program, however deep."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "while":
+            yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from loops(inner)
+
+
+def largest_cut(jaxpr):
+    """Elements of the largest array that is cut out of another, or gathered from it."""
+    largest = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("slice", "split", "dynamic_slice", "gather"):
+            sizes = [out.aval.size for out in equation.outvars]
+            whole = equation.invars[0].aval.size
+            largest = max(largest, *(size if size < whole else 0 for size in sizes))
+        for inner in jaxprs_in_params(equation.params):
+            largest = max(largest, largest_cut(inner))
+    return largest
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a CPU alone are layers unrolled")
+@pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
+def test_no_step_copies_weights_or_cache_out_of_a_stack(kind):
+    config = dataclasses.replace(TINY, kind=kind)
+    apply, params = jaxformer.pure(jaxformer.models.build(config, vocabulary=11))
+    tokens = jnp.full((2, 4), 5)
+    if kind == "decoder":
+        program = make_generate(apply, max_length=8, temperature=0.0)
+        inputs = (tokens, jnp.zeros(2, jnp.int32), jax.random.key(0))
+    else:
+        program, inputs = make_translate(apply, max_length=8), (tokens, jnp.ones_like(tokens))
+    jaxpr = jax.make_jaxpr(program)(params, *inputs)
+    search = list(loops(jaxpr.jaxpr))[-1]
+    # The embedding of a token is the largest thing to be looked up.
+    assert largest_cut(search.params["body_jaxpr"].jaxpr) <= 2 * config.width
