@@ -45,17 +45,20 @@ test: $(STAMP) ## run the whole test suite (ARGS="-m 'not slow'" for the quick p
 lessons: $(STAMP) ## measure and write the pages of docs/lessons (LESSON="6 7", ARGS=--render)
 	@$(BIN)/python -m lessons $(LESSON) $(ARGS)
 
-# torch and transformers are competitors only: without them their rows are left out.
-bench: $(STAMP) ## measure speed on this machine, in minutes, and write benchmarks/results/report.html
-	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("transformers")))' || \
-		echo "bench: without PyTorch and transformers; to add them: $(BIN)/python -m pip install 'torch>=2.13' 'transformers>=5'"
-	@for part in kernels train decode data; do \
-		echo "bench: $$part" && $(BIN)/python -m benchmarks.$$part $(ARGS) || exit 1; \
-	done
-	@$(BIN)/python -m benchmarks.report
+# Competitors are no dependencies: without them their rows are left out.
+run_benchmarks = $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("transformers")))' || \
+		echo "$@: without PyTorch and transformers; to add them: $(BIN)/python -m pip install 'torch>=2.13' 'transformers>=5'"; \
+	for part in $(1); do \
+		echo "$@: $$part"; $(BIN)/python -m benchmarks.$$part $(ARGS) || exit 1; \
+	done; \
+	$(BIN)/python -m benchmarks.report
 
-bench-full: ## the same over every shape, with growth curves: hours
-	@$(MAKE) --no-print-directory bench ARGS="--full $(ARGS)"
+bench: $(STAMP) ## measure speed on this machine, in minutes, and write benchmarks/results/report.html
+	@$(call run_benchmarks,kernels train decode data)
+
+bench-full: $(STAMP) ## the same at every shape and precision, with growth curves: hours
+	@$(call run_benchmarks,"kernels --budget-seconds 3600" "kernels --lengths 256 512 1024 2048 4096 8192" \
+		"train --shape all" "train --growth all" "decode --full" data)
 
 lint: $(STAMP) ## ruff: rules and format, changing nothing
 	@$(BIN)/ruff check

@@ -21,15 +21,14 @@ from benchmarks import measure, tables
 TEMPLATE = Path(__file__).resolve().parent / "report.html.tmpl"
 TITLES = {
     "accuracy": "Errors of kernels",
-    "aot": "Kernels compiled without their hardware",
     "aot_h100": "Kernels compiled for H100",
     "aot_tpu": "Kernels compiled for TPU",
-    "attention_cpu": "Attention on a CPU",
     "ctc_cpu": "CTC loss on a CPU",
     "data": "Data pipelines",
     "decode": "Decoding",
     "growth": "Growth with length, width, depth and batch",
     "kernels": "Kernels",
+    "kernels_lengths": "Kernels against length",
     "train": "Training",
 }
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -77,9 +76,9 @@ def read(path: Path, plots: Iterable[Path] = ()) -> Record:
         raise ResultsError(
             f"{path} is not JSON ({error}): delete it, or run its benchmark again"
         ) from error
-    lists = facts.items() if isinstance(facts, dict) else ()
     # Records of the kernels' compilation call their rows cases, those of their errors errors.
-    key = next((name for name, value in lists if _is_table(value)), None)
+    names = ["rows", *facts] if isinstance(facts, dict) else []
+    key = next((name for name in names if _is_table(facts.get(name))), None)
     if key is None:
         raise ResultsError(
             f'{path} has no list of rows ("rows"): delete it, or run its benchmark again'

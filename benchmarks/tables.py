@@ -31,12 +31,12 @@ def verdict(column: str, value: Any) -> str | None:
     """Who is faster, where a column compares us with another.
 
     Ratios of times (`ratio`, `ours_to_this`, `..._ratio`) speak for us below one, factors of speed
-    (`speedup`, `times_faster`) above.
+    (`speedup`, `times_faster`, `over_ours`) above.
     """
     words = column.split("_")
     if not _is_number(value) or words[-1] in ("p20", "p80"):
         return None
-    if "speedup" in words or "faster" in words:
+    if "speedup" in words or "faster" in words or words[:2] == ["over", "ours"]:
         better = value - 1
     elif "ratio" in words or words[:2] == ["ours", "to"]:
         better = 1 - value
@@ -137,11 +137,9 @@ def _flat(row: Row) -> dict[str, Any]:
 
 def _range_of(name: str, columns: Sequence[str]) -> tuple[str, str] | None:
     """The columns of the percentiles that belong to a column."""
-    bare = ("p20", "p80") if name == "ms" else None
-    for pair in filter(None, (bare, (f"{name}_p20", f"{name}_p80"))):
-        if set(pair) <= set(columns):
-            return pair
-    return None
+    bare = {"ms": ("p20", "p80"), "ours_to_this": ("ratio_p20", "ratio_p80")}.get(name)
+    pairs = (bare, (f"{name}_p20", f"{name}_p80"))
+    return next((pair for pair in pairs if pair and set(pair) <= set(columns)), None)
 
 
 def _is_constant(name: str, rows: Sequence[Row]) -> bool:

@@ -13,8 +13,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 # Compiling is most of what the tests do. They hold our programs to their tolerances, not XLA's
-# optimiser, so here it does little; JAX_DISABLE_MOST_OPTIMIZATIONS=0 has it do what users get, and so
-# does .ci/run on the newest jax. The fusion emitters, which take the better part of a compilation,
+# optimiser, so here it does little. JAX_DISABLE_MOST_OPTIMIZATIONS=0 has it do what users get, as
+# .ci/run does on the newest jax. The fusion emitters, which take the better part of a compilation,
 # can be left out of jax 0.10 alone: a flag that XLA does not know ends the process.
 QUICK = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
 FLAGS = os.environ.get("XLA_FLAGS", "")
