@@ -30,7 +30,7 @@ def alike(rows: Sequence[Row]) -> list[list[Row]]:
 def verdict(column: str, value: Any) -> str | None:
     """Who is faster, where a column compares us with another.
 
-    Ratios of times (`ratio`, `ours_to_this`, `..._ratio`) speak for us below one, factors of speed
+    Ratios of times (`ratio`, `ours_to_this`, `ours_share`) speak for us below one, factors of speed
     (`speedup`, `times_faster`, `over_ours`) above.
     """
     words = column.split("_")
@@ -38,7 +38,7 @@ def verdict(column: str, value: Any) -> str | None:
         return None
     if "speedup" in words or "faster" in words or words[:2] == ["over", "ours"]:
         better = value - 1
-    elif "ratio" in words or words[:2] == ["ours", "to"]:
+    elif "ratio" in words or words[:2] in (["ours", "to"], ["ours", "share"]):
         better = 1 - value
     else:
         return None
@@ -49,7 +49,8 @@ def verdict(column: str, value: Any) -> str | None:
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
     """Every verdict in the rows that is not a comparison with ourselves."""
-    found = [verdict(key, value) for row in rows for key, value in row.items() if value != 1]
+    others = [row for row in rows if row.get("ours") is not True]
+    found = [verdict(key, value) for row in others for key, value in row.items() if value != 1]
     return [it for it in found if it]
 
 
@@ -107,7 +108,7 @@ def _line(row: Row, columns: Sequence[str], ranges: Mapping[str, tuple], numeric
     for index, name in enumerate(columns):
         content = text(row.get(name))
         word = verdict(name, row.get(name))
-        if word and word != "even":
+        if word and word != "even" and row.get("ours") is not True:
             content = f'<span class="{word}">{content} {word}</span>'
         low, high = (row.get(key) for key in ranges.get(name, ("", "")))
         if low is not None and high is not None:
@@ -137,9 +138,9 @@ def _flat(row: Row) -> dict[str, Any]:
 
 def _range_of(name: str, columns: Sequence[str]) -> tuple[str, str] | None:
     """The columns of the percentiles that belong to a column."""
-    bare = {"ms": ("p20", "p80"), "ours_to_this": ("ratio_p20", "ratio_p80")}.get(name)
-    pairs = (bare, (f"{name}_p20", f"{name}_p80"))
-    return next((pair for pair in pairs if pair and set(pair) <= set(columns)), None)
+    stem = "ratio_" if name == "ours_to_this" else name.removesuffix("ms")
+    pairs = ((f"{stem}p20", f"{stem}p80"), (f"{name}_p20", f"{name}_p80"))
+    return next((pair for pair in pairs if set(pair) <= set(columns)), None)
 
 
 def _is_constant(name: str, rows: Sequence[Row]) -> bool:

@@ -146,6 +146,18 @@ def test_rows_of_several_kinds_stand_in_tables_of_their_own():
     assert "2&nbsp;× 3" in tables.table(times)
 
 
+def test_percentiles_stand_beside_what_they_belong_to():
+    row = {"token_ms": 2.0, "token_p20": 1.0, "token_p80": 3.0, "ours_to_this": 0.5}
+    page = Page(tables.table([row | {"ratio_p20": 0.4, "ratio_p80": 0.6}]))
+    assert page.tables == [[["ours to this", "token ms"], ["0.5 faster 0.4–0.6", "2 1–3"]]]
+
+
+def test_ours_is_not_compared_with_ours():
+    rows = [{"contender": "xla", "ours": True, "ours_share": 0.5}]
+    assert tables.verdicts(rows) == []
+    assert "faster" not in tables.table(rows)
+
+
 @pytest.mark.parametrize(
     ("column", "value", "said"),
     [
@@ -155,6 +167,7 @@ def test_rows_of_several_kinds_stand_in_tables_of_their_own():
         ("speedup", 3.0, "faster"),
         ("times_faster", 0.5, "slower"),
         ("over_ours", 3.0, "faster"),
+        ("ours_share", 0.5, "faster"),
         ("ratio_p20", 0.9, None),
         ("ms", 0.9, None),
         ("ratio", None, None),
