@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks import accuracy, contest, kernel_calls, kernel_shapes, kernel_torch
 from benchmarks.kernel_calls import APIS, Arrays, Call
 from benchmarks.kernel_competitors import TORCH, competitors
-from benchmarks.measure import percentiles
+from benchmarks.measure import Times, percentiles
 
 FORWARD, BACKWARD = "forward", "forward+backward"
 LEAST_TURNS = 3
@@ -112,11 +112,13 @@ def measure(
             refused[name] = f"failed: {failure}".splitlines()[0]
     runners = {name: entrant.runner for name, entrant in ready.items()}
     rest = REST if TORCH in runners else 0.0
-    tried, _ = contest.race(runners, turns=1, warm_up=0, rest=rest)
-    a_round = sum(times.median + rest for times in tried.values())
+    # Everyone has run once, to be looked at.
+    first, _ = contest.race(runners, turns=1, warm_up=0, rest=rest)
+    a_round = sum(taken.median + rest for taken in first.values())
     left = seconds - (time.monotonic() - start)
-    turns = int(min(turns, max(min(turns, LEAST_TURNS), left / max(a_round, 1e-6))))
-    times, _ = contest.race(runners, turns=turns, warm_up=0, rest=rest)
+    turns = int(min(turns, max(min(turns, LEAST_TURNS), 1 + left / max(a_round, 1e-6))))
+    more, _ = contest.race(runners, turns=turns - 1, warm_up=0, rest=rest)
+    times = {name: Times(taken.seconds + more[name].seconds) for name, taken in first.items()}
 
     mine = APIS[call.op].IMPLEMENTATIONS
     ours = next((name for name in contenders if name in mine and name in times), None)

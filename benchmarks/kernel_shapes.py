@@ -184,9 +184,18 @@ def at_length(longest, length: int):
     )
 
 
+_AT_ONCE = 2**20  # in float64; a whole weight matrix of these would be the peak of memory
+
+
 def draw(seed: int, *shape: int) -> np.ndarray:
     """Standard normal numbers."""
-    return np.asarray(np.random.RandomState(seed).standard_normal(shape), np.float32)
+    generator = np.random.RandomState(seed)
+    found = np.empty(shape, np.float32)
+    flat = found.reshape(-1)
+    for start in range(0, flat.size, _AT_ONCE):
+        part = flat[start : start + _AT_ONCE]
+        part[:] = generator.standard_normal(part.size)
+    return found
 
 
 def operands(op: str, shape) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
