@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 # Distinct without hue, too: the marker says it again.
 STYLES = (
@@ -132,6 +132,11 @@ def growth(record: Mapping[str, Any], path: Path) -> None:
         for axis in (time, memory):
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            low, high = axis.get_ylim()
+            if high < 10 * low:  # no whole decade to label
+                axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            else:
+                axis.yaxis.set_minor_formatter(NullFormatter())
         speed.set_ylim(bottom=0)
         speed.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         for axis in (time, speed, memory):
