@@ -18,9 +18,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from benchmarks.measure import Times
+if TYPE_CHECKING:
+    from benchmarks.measure import Times
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,7 +117,7 @@ class Contender:
 
 def race(
     contenders: Mapping[str, TakesTurns], *, turns: int, warm_up: int = 2, rest: float = 0.0
-) -> tuple[dict[str, Times], dict[str, dict[str, Any]]]:
+) -> "tuple[dict[str, Times], dict[str, dict[str, Any]]]":
     """Times of contenders that take turns, and the facts of each one's last turn.
 
     Args:
@@ -125,6 +126,9 @@ def race(
         warm_up: turns before them.
         rest: seconds before every turn, in which threads of the one before stop spinning.
     """
+    # Here, for it loads jax, which a contender that is not of jax must not pay for.
+    from benchmarks.measure import Times
+
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     facts: dict[str, dict[str, Any]] = {}
     for turn in range(-warm_up, turns):

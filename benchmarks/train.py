@@ -79,7 +79,7 @@ def race(
             racing[key] = contest.Contender(target, options | own)
             stopping.callback(racing[key].kill)
             print(f"{name}: {' '.join(key)} is ready", file=sys.stderr)
-        times, _ = contest.race(racing, turns=turns)
+        times, _ = contest.race(racing, turns=turns, rest=0.0 if tiny else 0.05)
         rows = []
         for key, contender in racing.items():
             row = _row(name, key, shape, times, steps, peaks)
