@@ -98,7 +98,7 @@ def train(config: Config, console: Console) -> int:
     eval_step = make_loss(apply)
     traced = trace(train_step, template, batches.source[0], model=config.model)
     say("attention", report.attention(config))
-    compile_ahead(traced)
+    compiling = compile_ahead(traced)
 
     with claim(folder, resume=config.resume), StopRequest() as stop:
         # ------------------------------------------------------------ Restore
@@ -126,6 +126,7 @@ def train(config: Config, console: Console) -> int:
 
         # ------------------------------------------------------------ Loop
         start, steps = int(state.step), config.train.steps
+        compiling.exception()  # waits: a call meanwhile would compile once more
         if steps == 0:
             save(None)
         with contextlib.ExitStack() as closing:

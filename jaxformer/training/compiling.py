@@ -25,7 +25,8 @@ def trace(step: Any, *arguments: Any, model: ModelConfig) -> Any:
 def compile_ahead(traced: Any) -> Future[Any]:
     """Compiles what `trace` gave in a thread of its own.
 
-    A call of the same jitted function takes up the result. If compiling fails, that call fails too.
+    A later call of the same jitted function takes up the result: wait for it, as a call meanwhile
+    would compile once more. If compiling fails, that call fails too.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
     compiling = thread.submit(traced.lower().compile)

@@ -45,7 +45,7 @@ def test_call_takes_up_what_was_compiled_ahead(compiled):
     for _ in range(2):
         state, total = step(state, batch)
     assert float(total) == 5
-    assert [name for name in compiled if "double" in name] == [compiled[0]]
+    assert sum("double" in name for name in compiled) == 1
 
 
 def test_error_of_the_attention_asked_for_is_one_of_the_configuration():
