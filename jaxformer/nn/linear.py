@@ -13,6 +13,10 @@ from jaxtyping import Array, Float
 from jaxformer.nn.parameters import fan_in_normal, parameter
 from jaxformer.nn.precision import activation_dtype
 
+# A step of decoding has a row a hypothesis: putting kernels side by side would take it longer than
+# the products, which take little longer than to read the kernels.
+_FEW_ROWS = 128
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(
@@ -27,18 +31,34 @@ def matmul(
 
 
 def _matmul_forward(x, w, dtype, transposed):
-    return matmul(x, w, dtype, transposed), (x, w)
+    # What the product read is what the backward pass reads: half the bytes of float32.
+    narrow = jax.lax.optimization_barrier(x.astype(dtype))
+    y = _product(narrow, w, dtype, contract=(1, 1 if transposed else 0)).astype(x.dtype)
+    return y, (narrow, w, jnp.zeros((0,), x.dtype))
 
 
 def _matmul_backward(dtype, transposed, saved, cotangent):
-    x, w = saved
+    x, w, like = saved
+    cotangent = jax.lax.optimization_barrier(cotangent.astype(dtype))
     dx = _product(cotangent, w, dtype, contract=(1, 0 if transposed else 1))
     left, right = (cotangent, x) if transposed else (x, cotangent)
-    if dtype != "float32" and jax.default_backend() == "cpu":
-        dw = _product(_turned(left, dtype), right, dtype, contract=(1, 0))
-    else:
-        dw = _product(left, right, dtype, contract=(0, 0))
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    return dx.astype(like.dtype), _over_rows(left, right, dtype).astype(w.dtype)
+
+
+def _over_rows(left: Array, right: Array, dtype: str) -> Array:
+    """left.T @ right.
+
+    A CPU multiplies faster with the narrower of the two on the left, the transpose of the result
+    included (0.8 of the time at 2048 rows of 1536 and 384); and bfloat16 only where it need not
+    sum over rows on both sides.
+    """
+    if jax.default_backend() != "cpu":
+        return _product(left, right, dtype, contract=(0, 0))
+    if left.shape[1] > right.shape[1]:
+        return _over_rows(right, left, dtype).T
+    if dtype == "float32":
+        return _product(left, right, dtype, contract=(0, 0))
+    return _product(_turned(left), right, dtype, contract=(1, 0))
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -58,7 +78,7 @@ def _product(a: Array, b: Array, dtype: str, contract: tuple[int, int]) -> Array
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _turned(x: Array, dtype: str) -> Array:
+def _turned(x: Array) -> Array:
     """x.T as an array of its own.
 
     XLA takes a plain transpose into the product, and a narrow product that contracts rows misses
@@ -66,7 +86,7 @@ def _turned(x: Array, dtype: str) -> Array:
     """
     rows, inner = x.shape
     block = math.gcd(rows, 64)
-    blocks = x.astype(dtype).reshape(rows // block, block, inner)
+    blocks = x.reshape(rows // block, block, inner)
     return jnp.transpose(blocks, (2, 0, 1)).reshape(inner, rows)
 
 
@@ -132,9 +152,9 @@ def together(layers: Sequence[Linear], x: Float[Array, "..."]) -> list[Float[Arr
     busy than one large one. Elsewhere one by one: side by side, kernels that are spread over
     devices by heads would have to be gathered.
     """
-    if jax.default_backend() != "cpu" or len(layers) == 1:
-        return [layer(x) for layer in layers]
     rows, batch = layers[0].rows(x)
+    if jax.default_backend() != "cpu" or len(layers) == 1 or rows.shape[0] <= _FEW_ROWS:
+        return [layer(x) for layer in layers]
     kernels = [layer.matrix() for layer in layers]
     product = matmul(rows, jnp.concatenate(kernels, axis=1), layers[0].compute_dtype)
     parts = jnp.split(product, np.cumsum([w.shape[1] for w in kernels])[:-1].tolist(), axis=1)

@@ -149,7 +149,7 @@ def test_layers_together_give_what_each_gives_alone_with_all_gradients(dtype):
         make({"D": 24}, {"K": 2, "H": 6}, rngs=nnx.Rngs(1)),
         make({"D": 24}, {"F": 5}, rngs=nnx.Rngs(2)),
     ]
-    x = jax.random.normal(jax.random.key(0), (3, 7, 24))
+    x = jax.random.normal(jax.random.key(0), (3, 70, 24))
 
     def alone(layers, x):
         return [layer(x) for layer in layers]
