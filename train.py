@@ -28,7 +28,7 @@ from jaxformer.data import (
     training_batches,
 )
 from jaxformer.errors import JaxformerError
-from jaxformer.runtime import keep_compiled
+from jaxformer.runtime import keep_compiled, keep_memory
 from jaxformer.training import report
 from jaxformer.training.checkpoint import Checkpoints, placed
 from jaxformer.training.compiling import compile_ahead, run_once, trace
@@ -218,6 +218,7 @@ def main() -> int:
     """Reads the command line and trains; a known error is one line, without a traceback."""
     console = Console(soft_wrap=True)
     keep_compiled()
+    keep_memory()
     try:
         return train(parse(sys.argv[1:]), console)
     except KeyboardInterrupt:

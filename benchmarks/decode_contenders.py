@@ -122,7 +122,9 @@ def jaxformer(
 
     import jaxformer as library
     from jaxformer.config import ModelConfig
+    from jaxformer.runtime import keep_memory
 
+    keep_memory()
     sizes = Shape(**shape)
     config = ModelConfig(
         kind="decoder",

@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks import train_shapes, train_weights
 from benchmarks.train_shapes import Shape
 from jaxformer import models, nn
+from jaxformer.runtime import keep_memory
 from jaxformer.training.optimizer import make_optimizer, make_schedule
 from jaxformer.training.state import TrainState, init_state
 from jaxformer.training.step import make_train_step
@@ -30,6 +31,7 @@ def jaxformer_trainer(
     Before the first turn, `first_steps` steps are done from the weights in a file, or from drawn
     ones; their losses are the facts. `model` changes fields of the model's configuration.
     """
+    keep_memory()
     made = train_shapes.named(shape, precision=precision, tiny=tiny).with_model(**(model or {}))
     train_step, state = make_step(made, weights=weights)
     host = train_shapes.batches(made)

@@ -28,7 +28,7 @@ from jaxformer.data.tokenizers import UNK
 from jaxformer.decoding.generate import make_score
 from jaxformer.decoding.predict import Generator, Translator
 from jaxformer.errors import JaxformerError
-from jaxformer.runtime import keep_compiled
+from jaxformer.runtime import keep_compiled, keep_memory
 from jaxformer.training.evaluation import evaluate as evaluate_split
 from jaxformer.training.run import LoadedRun, RunFolder, load_run
 from jaxformer.training.tracking import read_metrics
@@ -344,6 +344,7 @@ VERBS: dict[str, Callable[..., None]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one verb. Exits with 2 and one line on a known error."""
     keep_compiled()
+    keep_memory()
     try:
         tyro.extras.subcommand_cli_from_dict(
             VERBS,

@@ -1,4 +1,4 @@
-"""What a program sets before it computes: where compiled code is kept for the next start.
+"""What a program sets before it computes: what is kept of compiled code, and of memory.
 
 jax can keep what XLA compiled in a folder, under a hash of the program, the compiler's options and
 the versions; a later process reads it back in place of compiling, and computes the same to the last
@@ -9,9 +9,16 @@ bit. `train.py` and `jaxformer` turn this on:
 - Otherwise the folder is `$XDG_CACHE_HOME/jaxformer/xla/<machine>` (`~/.cache/...` by default).
   It grows to 512 MiB, then loses what was longest unused, and may be deleted at any time. Several
   processes may share it. Only its owner may read it, for what lies there is executed.
+
+On a CPU a step's arrays are allocated anew each time. By its own rules glibc gives large ones back
+to the system, which fills them with zeros, page by page, when they are next touched: a fifth of the
+time of a training step. `keep_memory` tells it to keep them; `MALLOC_...` variables or
+`GLIBC_TUNABLES` in the environment win.
 """
 
+import ctypes
 import hashlib
+import importlib.util
 import os
 import platform
 import time
@@ -25,6 +32,17 @@ LARGEST_CACHE = 512 * 2**20
 LEAST_SECONDS = 0.05
 """What compiles faster than this is not worth a file."""
 UNFINISHED_SECONDS = 60
+
+_ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+"""Packages that bring jax other devices."""
+
+# Of <malloc.h>: parameter of mallopt -> value.
+_KEEP_MEMORY = {
+    -4: 0,  # M_MMAP_MAX: no array is a mapping of its own
+    -1: -1,  # M_TRIM_THRESHOLD: nothing at the end of the heap is given back
+    -2: 64 * 2**20,  # M_TOP_PAD: the heap grows by at least so many bytes
+    -8: 1,  # M_ARENA_MAX: threads share it, for another's heap is too small for large arrays
+}
 
 
 def keep_compiled() -> Path | None:
@@ -45,6 +63,20 @@ def keep_compiled() -> Path | None:
     return folder
 
 
+def keep_memory() -> bool:
+    """Lets memory that was freed stay with this process, for the next step to use.
+
+    To be called before jax's first computation, which starts threads with heaps of their own. The
+    process then holds on to the most it ever needed at once. Returns whether it was done: only with
+    glibc, where jax can have no device but the CPU, and where the user set nothing.
+    """
+    chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if chosen or platform.libc_ver()[0] != "glibc" or not _only_cpu():
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return all(mallopt(parameter, value) for parameter, value in _KEEP_MEMORY.items())
+
+
 def cache_folder() -> Path | None:
     """The folder of compiled programs, made if missing; None if there can be none."""
     try:
@@ -59,6 +91,13 @@ def cache_folder() -> Path | None:
     except (OSError, RuntimeError):  # RuntimeError: a user without home
         return None
     return folder
+
+
+def _only_cpu() -> bool:
+    """Whether jax will compute on the CPU, told without starting it."""
+    if platforms := _setting("jax_platforms"):
+        return platforms == "cpu"
+    return not any(importlib.util.find_spec(name) for name in _ACCELERATORS)
 
 
 def _setting(name: str) -> Any:

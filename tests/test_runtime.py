@@ -1,6 +1,7 @@
 """Compiled programs kept in the user's cache folder: where, for whom, and with the same results."""
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -26,20 +27,32 @@ print(folder, sum(hits), hashlib.sha256(bytes(memoryview(jax.device_get(x)))).he
 """
 
 
-def run(cache, **environment):
-    """[folder, programs read from it, hash of the result] of a process, and what it complained."""
+def execute(program, environment):
     kept = {
-        k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERS"))
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("JAX_COMPILATION", "JAX_PERS", "MALLOC_", "GLIBC_"))
     }
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=kept | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": paths} | environment,
+        [sys.executable, "-c", program],
+        env=kept | {"PYTHONPATH": paths} | environment,
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert ended.returncode == 0, ended.stderr
+    return ended
+
+
+def own_process(program, environment):
+    """The words that a process of its own prints."""
+    return execute(program, environment).stdout.split()
+
+
+def run(cache, **environment):
+    """[folder, programs read from it, hash of the result] of a process, and what it complained."""
+    ended = execute(PROGRAM, {"XDG_CACHE_HOME": str(cache)} | environment)
     return ended.stdout.split(), ended.stderr
 
 
@@ -115,3 +128,40 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path, monkeypatc
     runtime.cache_folder()
     names = {path.name for path in folder.iterdir()}
     assert names == {"whole-cache", "whole-atime", "being-written-cache"}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+@pytest.mark.parametrize(
+    ("environment", "kept"),
+    [
+        ({"JAX_PLATFORMS": "cpu"}, "True"),
+        ({"JAX_PLATFORMS": "cpu", "MALLOC_ARENA_MAX": "2"}, "False"),
+        ({"JAX_PLATFORMS": "tpu,cpu"}, "False"),
+    ],
+)
+def test_memory_is_kept_where_the_cpu_computes_and_the_user_set_nothing(environment, kept):
+    found = own_process(
+        "from jaxformer.runtime import keep_memory; print(keep_memory())", environment
+    )
+    assert found == [kept]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_kept_memory_is_touched_for_the_first_time_only_once():
+    program = """
+import resource
+from jaxformer.runtime import keep_memory
+{keep}
+import jax.numpy as jnp
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    jnp.ones((4096, 4096)).block_until_ready()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+for _ in range(3): faults()
+print(min(faults() for _ in range(5)))
+"""
+    kept, given_back = (
+        int(own_process(program.format(keep=keep), {"JAX_PLATFORMS": "cpu"})[0])
+        for keep in ("keep_memory()", "")
+    )
+    assert kept < 100 < given_back
