@@ -51,7 +51,7 @@ run_benchmarks = $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(not
 	for part in $(1); do \
 		echo "$@: $$part"; $(BIN)/python -m benchmarks.$$part $(ARGS) || exit 1; \
 	done; \
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.performance; $(BIN)/python -m benchmarks.report
 
 bench: $(STAMP) ## measure speed on this machine, in minutes, and write benchmarks/results/report.html
 	@$(call run_benchmarks,kernels train decode data)

@@ -23,7 +23,6 @@ TITLES = {
     "accuracy": "Errors of kernels",
     "aot_h100": "Kernels compiled for H100",
     "aot_tpu": "Kernels compiled for TPU",
-    "ctc_cpu": "CTC loss on a CPU",
     "data": "Data pipelines",
     "decode": "Decoding",
     "growth": "Growth with length, width, depth and batch",

@@ -20,6 +20,7 @@ QUICK = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
 FLAGS = os.environ.get("XLA_FLAGS", "")
 if QUICK and version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_cpu_use_fusion_emitters=false"
+FLAGS_HERE = os.environ.get("XLA_FLAGS", "")
 
 import hypothesis
 import jax
@@ -44,6 +45,12 @@ hypothesis.settings.register_profile(
     "jaxformer", deadline=None, max_examples=25, derandomize="CI" in os.environ
 )
 hypothesis.settings.load_profile("jaxformer")
+
+
+@pytest.fixture(scope="session")
+def compiled_as_here():
+    """Environment of a program that is to compute bit for bit what this process does."""
+    return {"XLA_FLAGS": FLAGS_HERE, "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(QUICK))}
 
 
 def pytest_collection_modifyitems(items):

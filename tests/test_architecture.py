@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS: dict[str, set[str]] = {
     "jaxformer_kernels": set(),
     "errors": set(),
+    "runtime": set(),
     "config": {"errors"},
     "sharding": {"config"},
     "presets": {"config"},
@@ -29,8 +30,8 @@ ROOMS: dict[str, set[str]] = {
     "interop": {"training"},
     "finetune": {"training"},
     "plan": {"training", "presets"},
-    "cli": {"interop", "finetune", "plan", "arguments"},
-    "train": {"interop", "finetune", "plan", "arguments"},
+    "cli": {"interop", "finetune", "plan", "arguments", "runtime"},
+    "train": {"interop", "finetune", "plan", "arguments", "runtime"},
     "jaxformer": {"interop", "finetune", "plan"},  # the package's own __init__
 }
 KERNELS_THIRD_PARTY = {"jax", "jaxlib", "jaxtyping", "numpy"}

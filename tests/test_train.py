@@ -204,7 +204,9 @@ def test_stopped_and_resumed_equals_straight_bitwise(straight, arguments, tmp_pa
     assert_same_run(run, straight[0])
 
 
-def test_killed_and_resumed_equals_straight_bitwise(straight, arguments, tmp_path):
+def test_killed_and_resumed_equals_straight_bitwise(
+    straight, arguments, compiled_as_here, tmp_path
+):
     run = tmp_path / "killed"
     kill = (
         "import os, signal, sys, train\n"
@@ -219,7 +221,7 @@ def test_killed_and_resumed_equals_straight_bitwise(straight, arguments, tmp_pat
     ended = subprocess.run(
         [sys.executable, "-c", kill, *arguments(run)],
         cwd=ROOT,
-        env=environment(),
+        env=environment() | compiled_as_here,
         capture_output=True,
         text=True,
         timeout=300,
