@@ -50,6 +50,7 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "kernels": {
         "op": "op",
+        "of": "shape",
         "call": "run",
         "pass": "pass",
         "dtype": "dtype",
@@ -78,11 +79,15 @@ TABLES: dict[str, dict[str, str]] = {
 
 def table(record: Record, columns: Mapping[str, str]) -> str:
     """The record's rows in Markdown: the columns that any row has, ranges beside their value."""
-    rows = [
-        {heading: _cell(row, key) for heading, key in columns.items() if key in row}
-        for row in record.rows
-    ]
-    return measure.table([row for row in rows if len(row) > 1])
+    # What refused a call has a note in place of numbers: the record and the printed table say it.
+    rows = [row for row in record.rows if "note" not in row]
+    rows.sort(key=lambda row: str(row.get("op", "")))
+    return measure.table(
+        [
+            {heading: _cell(row, key) for heading, key in columns.items() if key in row}
+            for row in rows
+        ]
+    )
 
 
 def made_by(record: Record) -> str:
