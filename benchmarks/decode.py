@@ -172,6 +172,7 @@ def row(
     ratio, low, high = token.ratio(our_token)
     return {
         "implementation": name,
+        "ours": name in (OURS, GROUPED),
         "batch": batch,
         "beam": beam,
         "prefill_tokens_per_s": float(f"{batch * shape.prompt / first.median:.4g}"),
