@@ -68,35 +68,27 @@ class Shape:
         )
 
 
+_NANOGPT = ModelConfig(
+    kind="decoder",
+    layers=4,
+    width=128,
+    heads=4,
+    position="learned",
+    activation="gelu_exact",
+    bias=False,
+    max_length=64,
+    scan=False,
+)
+
 SHAPES = {
     "small": Shape(
-        ModelConfig(
-            kind="decoder",
-            layers=4,
-            width=128,
-            heads=4,
-            position="learned",
-            activation="gelu_exact",
-            bias=False,
-            max_length=64,
-            scan=False,
-        ),
+        _NANOGPT,
         vocabulary=65,
         batch=12,
         length=64,
     ),
     "baby": Shape(
-        ModelConfig(
-            kind="decoder",
-            layers=6,
-            width=384,
-            heads=6,
-            position="learned",
-            activation="gelu_exact",
-            bias=False,
-            max_length=256,
-            scan=False,
-        ),
+        dataclasses.replace(_NANOGPT, layers=6, width=384, heads=6, max_length=256),
         vocabulary=65,
         batch=8,
         length=256,

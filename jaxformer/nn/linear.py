@@ -46,14 +46,10 @@ def _matmul_backward(dtype, transposed, saved, cotangent):
 
 
 def _narrowed(x: Array, dtype: str) -> Array:
-    """x in the dtype of operands.
-
-    On a CPU apart from what comes before: in one loop with the narrowing, an exponential is not
-    vectorised (three times the time). And an array of its own, for two products to read.
-    """
+    """x in the dtype of operands; on a CPU as an array of its own, for several products to read."""
     if x.dtype == dtype or jax.default_backend() != "cpu":
         return x.astype(dtype)
-    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(x).astype(dtype))
+    return jax.lax.optimization_barrier(x.astype(dtype))
 
 
 def _over_rows(left: Array, right: Array, dtype: str) -> Array:
