@@ -277,6 +277,52 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """The sizes of the mesh's axes; one may be -1: as many devices as are left."""
+
+    data: int = -1
+    """Copies of the model, each with its share of the batch's rows."""
+    fsdp: int = 1
+    """Shares of the batch too, and of every matrix, which is put together where it is needed
+    (ZeRO-3: Rajbhandari et al., 2020)."""
+    expert: int = 1
+    """Reserved for mixtures of experts: 1."""
+    context: int = 1
+    """Shares of every sequence; attention passes keys and values round (ring attention)."""
+    tensor: int = 1
+    """Shares of heads, feed-forward width and vocabulary (Shoeybi et al., 2019)."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the step runs on the mesh."""
+
+    mode: Literal["jit", "shard_map", "pmap"] = "jit"
+    """jit: the compiler divides the work, any mesh. shard_map: by hand, data and context axes.
+    pmap: the old way, data axis alone. All compute the same."""
+    context: Literal["ring", "all_to_all"] = "ring"
+    """mesh.context: keys and values travel round a ring (Liu et al., 2023), or heads are exchanged
+    for places (Ulysses: Jacobs et al., 2023), which needs no fewer heads than devices."""
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes as one run; found in the environment under Slurm, Open MPI, Kubernetes and
+    on TPU pods."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0; given together with num_processes and process_id."""
+    num_processes: int | None = None
+    """How many processes take part."""
+    process_id: int | None = None
+    """The number of this one, from 0."""
+    detect: bool = True
+    """Look into the environment; False: this process is alone unless coordinator is given."""
+    timeout_seconds: int = 300
+    """How long processes wait for each other at the start."""
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     """Where metrics go besides metrics.jsonl."""
 
@@ -305,4 +351,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
