@@ -149,7 +149,7 @@ def spec(letters: str, shape: Sequence[int], mesh: AbstractMesh | Mesh) -> Parti
     for letter, size in zip(letters.split(), shape, strict=True):
         wanted = tuple(axis for axis in ACTIVATIONS.get(letter, ()) if axis in free)
         parts = math.prod(mesh.shape[axis] for axis in wanted)
-        entries.append((wanted if wanted and size % parts == 0 else None))
+        entries.append(wanted if wanted and size % parts == 0 else None)
     return PartitionSpec(*entries)
 
 

@@ -308,7 +308,8 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class DistributedConfig:
     """Several processes as one run; found in the environment under Slurm, Open MPI, Kubernetes and
-    on TPU pods."""
+    on TPU pods.
+    """
 
     coordinator: str | None = None
     """HOST:PORT of process 0; given together with num_processes and process_id."""
