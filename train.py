@@ -1,6 +1,6 @@
 """Trains a model: `python train.py PRESET [--group.key value ...]`.
 
-The file reads from top to bottom: Run, Data, Model, State and step, Restore, Loop, Scores.
+The file reads from top to bottom: Run, Mesh, Data, Model, State and step, Restore, Loop, Scores.
 """
 
 import contextlib
@@ -29,11 +29,13 @@ from jaxformer.data import (
 )
 from jaxformer.errors import JaxformerError
 from jaxformer.runtime import keep_compiled, keep_memory
+from jaxformer.sharding import make_mesh
 from jaxformer.training import report
-from jaxformer.training.checkpoint import Checkpoints, placed
+from jaxformer.training.checkpoint import Checkpoints
 from jaxformer.training.compiling import compile_ahead, run_once, trace
 from jaxformer.training.evaluation import evaluate, make_loss, mean_loss
 from jaxformer.training.optimizer import make_optimizer, make_schedule
+from jaxformer.training.parallel import Parallel, check_parallel
 from jaxformer.training.progress import TrainingProgress
 from jaxformer.training.run import RunError, claim, open_run, vocabularies
 from jaxformer.training.state import TrainState, init_state
@@ -51,7 +53,12 @@ def train(config: Config, console: Console) -> int:
     require_installed(config)
     say = report.speaker(console)
     say("run", str(folder.path))
-    say("devices", report.devices())
+
+    # ---------------------------------------------------------------- Mesh
+    mesh = make_mesh(config.mesh)
+    check_parallel(config, mesh)
+    parallel = Parallel(mesh, config.parallel)
+    say("devices", report.devices(mesh))
 
     # ---------------------------------------------------------------- Data
     corpus = load_corpus(config.data)
@@ -76,27 +83,38 @@ def train(config: Config, console: Console) -> int:
     # ---------------------------------------------------------------- Model
     sizes = vocabularies(tokenizers, config.data)
     # Shapes alone: the arrays are made when everything else is known to fit.
-    model = models.abstract(config.model, **sizes)
+    model = models.abstract(config.model, **sizes, axis_name=parallel.manual_axes or None)
+    axes = nn.parameter_axes(model)
     apply, params = nn.pure(model)
     say("model", report.model(config, params))
     if config.model.kind in ("ctc", "hybrid"):
         say("alignment", report.alignment(config, data))
 
     # ---------------------------------------------------------------- State and step
-    optimizer = make_optimizer(config.optimizer, config.train.steps, nn.parameter_axes(model))
+    optimizer = make_optimizer(config.optimizer, config.train.steps, axes)
     schedule = make_schedule(config.optimizer, config.train.steps)
     make_state = partial(init_state, optimizer=optimizer, ema=config.train.ema is not None)
-    template = placed(jax.eval_shape(make_state, params, statistics=nn.statistics(model)))
+    template = parallel.state(
+        jax.eval_shape(make_state, params, statistics=nn.statistics(model)), axes
+    )
 
     def first_state() -> TrainState:
         model = models.build(config.model, seed=config.seed, **sizes)
         return make_state(nn.pure(model)[1], statistics=nn.statistics(model))
 
-    train_step = jax.jit(
-        make_train_step(apply, optimizer, schedule, config.train, config.seed), donate_argnums=0
+    step_of_one = make_train_step(
+        apply,
+        optimizer,
+        schedule,
+        config.train,
+        config.seed,
+        axis_names=parallel.manual_axes,
+        constrain=parallel.gradient_constraint(params, axes),
     )
-    eval_step = make_loss(apply)
-    traced = trace(train_step, template, batches.source[0], model=config.model)
+    train_step = parallel.compile(step_of_one, config.train.accumulation)
+    eval_step = make_loss(apply, parallel)
+    shapes = parallel.batch_shapes(batches.source[0])
+    traced = trace(train_step, template, shapes, model=config.model)
     say("attention", report.attention(config))
     compiling = compile_ahead(traced)
 
@@ -136,7 +154,7 @@ def train(config: Config, console: Console) -> int:
             shown = closing.enter_context(TrainingProgress(console, start=start, steps=steps))
             for step in range(start + 1, steps + 1):
                 batch = next(batches)
-                state, metrics = train_step(state, batch)
+                state, metrics = train_step(state, parallel.batch(batch))
                 shown.count(float(np.sum(batch["weights"])))
                 # Asked once: a signal may come at any time, and must not end the loop unsaved.
                 stopping = bool(stop)
@@ -178,6 +196,7 @@ def train(config: Config, console: Console) -> int:
                 step=step,
             )
         checkpoints.close()
+    evaluated = parallel.on_one_device(evaluated)
     split = config.eval.final_split if config.eval.final_split in data.filled else "dev"
     scores, decoded = {}, []
     if split in data.filled:
@@ -204,6 +223,7 @@ def train(config: Config, console: Console) -> int:
         scores=scores,
         decoded=decoded,
         samples=report.text_samples(apply, evaluated, tokenizers, config),
+        mesh=mesh,
         parameters=nn.count(state.params),
         seconds=seconds,
     )

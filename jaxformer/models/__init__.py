@@ -80,6 +80,7 @@ def abstract(
     vocabulary: int,
     source_vocabulary: int | None = None,
     image_height: int | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Model:
     """The same model with shapes in place of arrays: nothing is allocated."""
     return nnx.eval_shape(
@@ -88,6 +89,7 @@ def abstract(
             vocabulary=vocabulary,
             source_vocabulary=source_vocabulary,
             image_height=image_height,
+            axis_name=axis_name,
         )
     )
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxformer.errors import JaxformerError
 from jaxformer.nn.parameters import Params, with_statistics
-from jaxformer.training.state import TrainState, float32
+from jaxformer.training.state import TrainState
 
 METRIC = "dev_loss"
 
@@ -144,7 +144,8 @@ class Checkpoints:
 
         step = self._step(self.best if step is None else step)
         name = "ema" if ema else "params"
-        templates = {name: jax.eval_shape(float32, params) if ema else params}
+        dtype = jnp.float32 if ema else None
+        templates = {name: placed(params, dtype)}
         if statistics:
             templates["statistics"] = statistics
         read = self._read(
@@ -190,13 +191,13 @@ class Checkpoints:
             ) from error
 
 
-def placed(tree: Any) -> Any:
+def placed(tree: Any, dtype: Any = None) -> Any:
     """The shapes of a tree, each with the sharding it has, else on the first device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(leaf, "sharding", None) or device
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding)
 
     return jax.tree.map(shape, tree)
 

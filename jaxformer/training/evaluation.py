@@ -13,14 +13,19 @@ from jaxformer.data.tokenizers import Tokenizers
 from jaxformer.decoding.predict import Hypothesis, Translator
 from jaxformer.metrics import bits_per_byte, perplexity, sequence_error_rate, token_error_rate
 from jaxformer.nn.parameters import Params
+from jaxformer.training.parallel import Parallel
 from jaxformer.training.step import make_eval_step, means
 
 EvalStep = Callable[[Params, Batch], dict[str, Any]]
 
 
-def make_loss(apply: Callable[..., Any]) -> EvalStep:
-    """The compiled evaluation step."""
-    return jax.jit(make_eval_step(apply))
+def make_loss(apply: Callable[..., Any], parallel: Parallel | None = None) -> EvalStep:
+    """The compiled evaluation step; on the mesh of `parallel`, which places its batches."""
+    step = make_eval_step(apply)
+    if parallel is None:
+        return jax.jit(step)
+    compiled = jax.jit(parallel.on_mesh(step))
+    return lambda params, batch: compiled(params, parallel.batch(batch))
 
 
 def mean_loss(eval_step: EvalStep, params: Params, batches: Iterable[Batch]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxformer.config import Config
@@ -33,11 +34,14 @@ def speaker(console: Console) -> Callable[[str, str], None]:
     )
 
 
-def devices() -> str:
-    """The device that is used, of those this process has."""
-    found = jax.devices()
-    used = "" if len(found) == 1 else f" of {len(found)}"
-    return f"1{used} x {found[0].device_kind} ({found[0].platform}), jax {jax.__version__}"
+def devices(mesh: Mesh) -> str:
+    """The devices of the mesh, of those there are, and how they are arranged."""
+    kind = mesh.devices.flat[0]
+    there = len(jax.devices())
+    used = f"{mesh.size}" if mesh.size == there else f"{mesh.size} of {there}"
+    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    arranged = f", mesh: {shape}" if shape else ""
+    return f"{used} x {kind.device_kind} ({kind.platform}), jax {jax.__version__}{arranged}"
 
 
 def model(config: Config, params: Params) -> str:
@@ -122,6 +126,7 @@ def summary(
     scores: dict[str, float],
     decoded: Sequence[tuple[Example, Hypothesis]],
     samples: Sequence[str],
+    mesh: Mesh,
     parameters: int,
     seconds: float,
 ) -> None:
@@ -133,7 +138,7 @@ def summary(
         f"# {config.preset}",
         "",
         f"{parameters:,} parameters, {config.train.steps:,} steps, "
-        f"{seconds / 60:.1f} minutes on {devices()}.",
+        f"{seconds / 60:.1f} minutes on {devices(mesh)}.",
         "",
         f"## Scores ({split} split, parameters of step {step:,})",
         "",

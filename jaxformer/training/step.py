@@ -11,6 +11,7 @@ import optax
 from einops import rearrange
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxformer import sharding
 from jaxformer.config import TrainConfig
 from jaxformer.losses import objective
 from jaxformer.models import model_inputs
@@ -61,6 +62,9 @@ def make_train_step(
     schedule: optax.Schedule,
     config: TrainConfig,
     seed: int,
+    *,
+    axis_names: tuple[str, ...] = (),
+    constrain: Callable[[Params], Params] = lambda gradient: gradient,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure function `train_step(state, batch) -> (state, metrics)`; the caller compiles it.
 
@@ -70,6 +74,9 @@ def make_train_step(
     optimiser computes, in float32 whatever dtype parameters have. Metrics: loss and objective
     (nats a token), accuracy, gradient_norm (before clipping), learning_rate, tokens; with scheduled
     sampling its sampling_rate.
+
+    Inside `shard_map` or `pmap`, `axis_names` are the mesh axes over which the batch is divided:
+    the step sums over them, once. `constrain` says where gradients are to lie on a mesh.
     """
     sampled = config.sampling.schedule != "none"
     share_sampled = sampling_rate(config.sampling, config.steps)
@@ -92,7 +99,7 @@ def make_train_step(
         )
         value, gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
         total, (sums, statistics) = value
-        return float32(gradient), sums | {"objective": total}, statistics
+        return constrain(float32(gradient)), sums | {"objective": total}, statistics
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -101,13 +108,14 @@ def make_train_step(
             gradient, sums, statistics = gradients(state, statistics, batch, key)
         else:
             micro_batches = {
-                name: rearrange(value, "(A B) ... -> A B ...", A=config.accumulation)
+                name: _divided(rearrange(value, "(A B) ... -> A B ...", A=config.accumulation))
                 for name, value in batch.items()
             }
             keys = jax.random.split(key, config.accumulation)
             first = jax.tree.map(lambda x: x[0], micro_batches)
             shapes = jax.eval_shape(gradients, state, statistics, first, key)[:2]
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            zeros = (constrain(zeros[0]), zeros[1])
 
             def add(carry: Any, item: Any) -> tuple[Any, None]:
                 totals, statistics = carry
@@ -117,6 +125,8 @@ def make_train_step(
             ((gradient, sums), statistics), _ = jax.lax.scan(
                 add, (zeros, statistics), (micro_batches, keys)
             )
+        if axis_names:
+            gradient, sums = jax.lax.psum((gradient, sums), axis_names)
         tokens = _divisor(sums["tokens"])
         gradient = jax.tree.map(lambda leaf: leaf / tokens, gradient)
         updates, optimizer_state = optimizer.update(
@@ -155,6 +165,13 @@ def means(sums: Mapping[str, Any]) -> dict[str, Any]:
     divided = {name: value / tokens for name, value in sums.items() if name != "tokens"}
     divided["accuracy"] = divided.pop("correct")
     return divided | {"tokens": sums["tokens"]}
+
+
+def _divided(micro_batches: Array) -> Array:
+    """[A, B, ...], on a mesh with the rows of each micro-batch split over all devices."""
+    letters = ["A", "B", "T"][: micro_batches.ndim]
+    letters += ["_"] * (micro_batches.ndim - len(letters))
+    return sharding.constrain(micro_batches, " ".join(letters))
 
 
 def _divisor(tokens: Any) -> Any:
