@@ -6,6 +6,7 @@ Needs jax alone.
 """
 
 from jaxformer_kernels.attention import Dropout, Mask, attention
+from jaxformer_kernels.context_attention import context_attention, zigzag
 from jaxformer_kernels.ctc import ctc_loss
 from jaxformer_kernels.decode_attention import decode_attention
 from jaxformer_kernels.dispatch import compiling_for, interpreting
@@ -17,8 +18,10 @@ __all__ = [
     "Mask",
     "attention",
     "compiling_for",
+    "context_attention",
     "ctc_loss",
     "decode_attention",
     "interpreting",
     "linear_cross_entropy",
+    "zigzag",
 ]

@@ -30,11 +30,14 @@ class Implementation:
         supports: names of the features it can do.
         limits: call -> what is wrong with this call's shapes, dtypes or device for this
             implementation, in words; empty when nothing is.
+        gradients: for `attention` alone, the backward pass of a part of the keys, as
+            `attention.part` calls it; None where there is but the derivative of `run`.
     """
 
     run: Callable
     supports: frozenset[str]
     limits: Callable[..., Sequence[str]] = lambda call: ()
+    gradients: Callable | None = None
 
     def lacks(self, features: frozenset[str], call) -> list[str]:
         """What keeps this implementation from doing `call`, in words; empty when it can."""

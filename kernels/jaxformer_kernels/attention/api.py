@@ -70,8 +70,8 @@ def attention(
         TypeError, ValueError: an argument of the wrong shape or type; the message names the fix.
         NotImplementedError: the named implementation cannot do this call; names one that can.
     """
-    _check_arrays(q, k, v, bias, sinks)
-    _check_options(mask, softcap, scale, dropout)
+    check_arrays(q, k, v, bias, sinks)
+    check_options(mask, softcap, scale, dropout)
     B, T, N, H = q.shape
     mask.validate(B, N, T, k.shape[1])
     scale = H**-0.5 if scale is None else float(scale)
@@ -89,7 +89,8 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _check_arrays(q, k, v, bias, sinks):
+def check_arrays(q, k, v, bias=None, sinks=None):
+    """Raise unless the arrays are as `attention` takes them; the message names the fix."""
     for name, x, axes in (
         ("q", q, "[B, T, N, H]"),
         ("k", k, "[B, S, K, H]"),
@@ -158,7 +159,8 @@ def _check_arrays(q, k, v, bias, sinks):
         )
 
 
-def _check_options(mask, softcap, scale, dropout):
+def check_options(mask, softcap, scale, dropout=None):
+    """Raise unless the options are as `attention` takes them; the message names the fix."""
     if not isinstance(mask, Mask):
         raise TypeError(
             f"attention: mask must be a Mask, got {type(mask).__name__}; "

@@ -56,6 +56,13 @@ def _backward(options, residuals, gradients):
 _attend.defvjp(_forward, _backward)
 
 
+def gradients(q, k, v, mask, out, lse, out_gradient, scale, softcap):
+    """The backward pass of a part of the keys; arguments and results are those of `part`'s."""
+    options = mosaic_tpu_tiles.Options(scale, softcap, 0.0, dispatch.interpreter())
+    residuals = (q, k, v, None, None, mask, None, out, lse)
+    return _backward(options, residuals, (out_gradient, jnp.zeros_like(lse)))[:3]
+
+
 def _limits(call):
     """What keeps `mosaic_tpu` from doing `call`."""
     yield from hardware.tpu_lacks(call.dtype)
@@ -74,4 +81,5 @@ IMPLEMENTATION = dispatch.Implementation(
     run=mosaic_tpu,
     supports=FEATURES - {"float64"},
     limits=lambda call: tuple(_limits(call)),
+    gradients=gradients,
 )

@@ -21,12 +21,11 @@ def xla(q, k, v, bias, sinks, mask, dropout, scale, softcap):
 
     Arguments and results are those of `reference`.
     """
-    B, T, N, H = q.shape
+    B, T, N = q.shape[:3]
     S, K = k.shape[1:3]
     G = N // K
     options = blocks.Options(scale, softcap, 0.0 if dropout is None else dropout.rate)
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    q = q.reshape(B, K, G, T, H)
+    q, k, v = _heads_first(q, K), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     if bias is not None:
         bias = blocks.grouped(bias, K, G)
     if sinks is not None:
@@ -34,8 +33,32 @@ def xla(q, k, v, bias, sinks, mask, dropout, scale, softcap):
     seed = None if dropout is None else dropout.seed()
     attend = (xla_short if _is_short(T, S) else xla_long).attend
     out, lse = attend(options, q, k, v, bias, sinks, mask, seed)
-    out = jnp.swapaxes(out.reshape(B, N, T, v.shape[-1]), 1, 2)
-    return out, lse.reshape(B, N, T)
+    return _heads_last(out), lse.reshape(B, N, T)
 
 
-IMPLEMENTATION = dispatch.Implementation(run=xla, supports=FEATURES)
+def gradients(q, k, v, mask, out, lse, out_gradient, scale, softcap):
+    """The backward pass of a part of the keys; arguments and results are those of `part`'s."""
+    K = k.shape[2]
+    options = blocks.Options(scale, softcap, 0.0)
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    q, out, out_gradient = (_heads_first(x, K) for x in (q, out, out_gradient))
+    lse = lse.reshape(*q.shape[:4])
+    residuals = (q, k, v, None, None, mask, None, out, lse)
+    # Probabilities come from the log-sum-exp whatever the length: none were kept of the whole row.
+    dq, dk, dv, *_ = xla_long.backward(options, residuals, (out_gradient, jnp.zeros_like(lse)))
+    return _heads_last(dq), jnp.swapaxes(dk, 1, 2), jnp.swapaxes(dv, 1, 2)
+
+
+def _heads_first(x, K):
+    """[B, T, N, H] as [B, K, G, T, H]."""
+    B, T, N, H = x.shape
+    return jnp.swapaxes(x, 1, 2).reshape(B, K, N // K, T, H)
+
+
+def _heads_last(x):
+    """[B, K, G, T, H] as [B, T, N, H]."""
+    B, K, G, T, H = x.shape
+    return jnp.swapaxes(x.reshape(B, K * G, T, H), 1, 2)
+
+
+IMPLEMENTATION = dispatch.Implementation(run=xla, supports=FEATURES, gradients=gradients)

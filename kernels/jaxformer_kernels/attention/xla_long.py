@@ -75,7 +75,8 @@ def _forward(options, q, k, v, bias, sinks, mask, seed):
     return (out, lse), (q, k, v, bias, sinks, mask, seed, out, lse)
 
 
-def _backward(options, residuals, gradients):
+def backward(options, residuals, gradients):
+    """Gradients of every operand of `attend`, from its residuals and those of its results."""
     q, k, v, bias, sinks, mask, seed, out, lse = residuals
     out_gradient, lse_gradient = gradients
     T, S = q.shape[3], k.shape[2]
@@ -141,7 +142,7 @@ def _backward(options, residuals, gradients):
     )
 
 
-attend.defvjp(_forward, _backward)
+attend.defvjp(_forward, backward)
 
 
 def _sizes(T, S):
