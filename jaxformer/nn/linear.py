@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxformer.nn.parameters import fan_in_normal, parameter
 from jaxformer.nn.precision import activation_dtype
+from jaxformer_kernels import dispatch
 
 # A step of decoding has a row a hypothesis: putting kernels side by side would take it longer than
 # the products, which take little longer than to read the kernels.
@@ -47,7 +48,7 @@ def _matmul_backward(dtype, transposed, saved, cotangent):
 
 def _narrowed(x: Array, dtype: str) -> Array:
     """x in the dtype of operands; on a CPU as an array of its own, for several products to read."""
-    if x.dtype == dtype or jax.default_backend() != "cpu":
+    if x.dtype == dtype or dispatch.platform() != "cpu":
         return x.astype(dtype)
     return jax.lax.optimization_barrier(x.astype(dtype))
 
@@ -59,7 +60,7 @@ def _over_rows(left: Array, right: Array, dtype: str) -> Array:
     included (0.8 of the time at 2048 rows of 1536 and 384); and bfloat16 only where it need not
     sum over rows on both sides.
     """
-    if jax.default_backend() != "cpu":
+    if dispatch.platform() != "cpu":
         return _product(left, right, dtype, contract=(0, 0))
     if left.shape[1] > right.shape[1]:
         # Apart, lest XLA turn the operands again and not the result.
@@ -161,7 +162,7 @@ def together(layers: Sequence[Linear], x: Float[Array, "..."]) -> list[Float[Arr
     devices by heads would have to be gathered.
     """
     rows, batch = layers[0].rows(x)
-    if jax.default_backend() != "cpu" or len(layers) == 1 or rows.shape[0] <= _FEW_ROWS:
+    if dispatch.platform() != "cpu" or len(layers) == 1 or rows.shape[0] <= _FEW_ROWS:
         return [layer(x) for layer in layers]
     kernels = [layer.matrix() for layer in layers]
     product = matmul(rows, jnp.concatenate(kernels, axis=1), layers[0].compute_dtype)

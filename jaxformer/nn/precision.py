@@ -1,7 +1,8 @@
 """Which dtype an operand, an activation and a sum have."""
 
-import jax
 import jax.numpy as jnp
+
+from jaxformer_kernels import dispatch
 
 
 def activation_dtype(compute_dtype: str) -> jnp.dtype:
@@ -10,4 +11,4 @@ def activation_dtype(compute_dtype: str) -> jnp.dtype:
     CPUs multiply bfloat16 matrices in hardware but emulate every other bfloat16 operation, so there
     only operands are narrowed; accelerators keep activations in the compute dtype too.
     """
-    return jnp.dtype("float32" if jax.default_backend() == "cpu" else compute_dtype)
+    return jnp.dtype("float32" if dispatch.platform() == "cpu" else compute_dtype)
