@@ -24,7 +24,7 @@ from jaxformer.training.run import load_run
 
 SMALL = (
     "--model.layers 1 --model.width 16 --model.heads 2 --optimizer.warmup-steps 2 "
-    "--optimizer.learning-rate 0.01 --train.batch-size 8 --eval.batch-size 8"
+    "--optimizer.learning-rate 0.01 --train.batch-size 8 --eval.batch-size 8 --mesh.data 1"
 )
 PAIRS = (
     "pairs --data.tokenizer character --data.target-tokenizer word --data.buckets 1 "

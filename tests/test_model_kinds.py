@@ -24,7 +24,7 @@ SMALL = (
     "--model.layers 1 --model.encoder-layers 1 --model.width 16 --model.heads 2 "
     "--model.dropout 0.1 --optimizer.warmup-steps 2 --train.batch-size 8 --train.log-every 1 "
     "--train.label-smoothing 0 --eval.batch-size 8 --eval.every 2 --checkpoint.every 2 "
-    f"--train.steps {STEPS}"
+    f"--train.steps {STEPS} --mesh.data 2"
 )
 PAIRS = (
     "pairs --data.tokenizer character --data.target-tokenizer word --data.buckets 1 "

@@ -35,7 +35,7 @@ PAIRS = (
     "--model.layers 1 --model.width 16 --model.heads 2 --model.max-length 8 --model.dropout 0.1 "
     "--optimizer.warmup-steps 3 --train.batch-size 4 --train.accumulation 2 --train.ema 0.9 "
     "--train.log-every 2 --eval.every 4 --eval.batch-size 8 --eval.max-batches 1 "
-    "--checkpoint.every 3 --decode.beam 1"
+    "--checkpoint.every 3 --decode.beam 1 --mesh.data 1"
 )
 
 
@@ -133,7 +133,7 @@ def test_run_says_first_what_it_is(straight):
     folder, printed = straight
     said = dict(line.split(":", 1) for line in printed.splitlines() if ":" in line)
     assert said["run"].strip() == str(folder)
-    assert "cpu" in said["devices"]
+    assert said["devices"].startswith("1 of 8 x cpu (cpu)")
     assert "1 + 1 layers" in said["model"] and "parameters" in said["model"]
     assert "xla" in said["attention"]
     assert "train: " in printed and "examples" in printed
