@@ -97,6 +97,7 @@ def check(config: Config) -> Config:
     )
     _check_digits(config)
     check_decode(config)
+    _check_distributed(config)
     _require(config.optimizer.learning_rate > 0, "optimizer.learning_rate must be positive")
     _require(config.optimizer.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
     _require(
@@ -129,6 +130,33 @@ def _check_ctc(config: Config) -> None:
             f"data.max_source_length={data.max_source_length} times model.ctc.upsample="
             f"{ctc.upsample} is {frames} frames, more than model.max_length={model.max_length}",
         )
+
+
+def _check_distributed(config: Config) -> None:
+    given = config.distributed
+    names = ("coordinator", "num_processes", "process_id")
+    missing = [name for name in names if getattr(given, name) is None]
+    _require(
+        len(missing) in (0, len(names)),
+        "distributed.coordinator, num_processes and process_id are given together; missing: "
+        + ", ".join(missing),
+    )
+    if given.coordinator is not None:
+        host, _, port = given.coordinator.rpartition(":")
+        _require(
+            bool(host) and port.isdigit(),
+            f"distributed.coordinator={given.coordinator!r} must be HOST:PORT of process 0, such "
+            "as 10.0.0.1:12345",
+        )
+        count, number = given.num_processes or 0, given.process_id or 0
+        _require(count > 0, f"distributed.num_processes={count} must be positive")
+        _require(
+            0 <= number < count,
+            f"distributed.process_id={number} must be one of 0 to {count - 1}, as "
+            f"distributed.num_processes={count}",
+        )
+    for name in ("timeout_seconds", "heartbeat_seconds"):
+        _require(getattr(given, name) > 0, f"distributed.{name} must be positive")
 
 
 def _check_digits(config: Config) -> None:

@@ -321,6 +321,8 @@ class DistributedConfig:
     """Look into the environment; False: this process is alone unless coordinator is given."""
     timeout_seconds: int = 300
     """How long processes wait for each other at the start."""
+    heartbeat_seconds: int = 100
+    """A process that was not heard of for so long counts as dead; all others then end too."""
 
 
 @dataclass(frozen=True)
