@@ -19,8 +19,10 @@ from jaxformer.config import Config, ConfigError, ParallelConfig
 from jaxformer.data import Batch
 from jaxformer.nn.parameters import Params
 from jaxformer.training.state import TrainState
+from jaxformer_kernels.context_attention import zigzag
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+Arrays = dict[str, Any]
+Step = Callable[[TrainState, Arrays], tuple[TrainState, Arrays]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Parallel:
             return jax.tree.map(lambda leaf: PartitionSpec(), params)
         return sharding.parameter_specs(axes, params, self.mesh)
 
-    def batch(self, rows: Batch, count: int | None = None, start: int = 0) -> dict[str, Any]:
+    def batch(self, rows: Batch, count: int | None = None, start: int = 0) -> Arrays:
         """A batch on the mesh, in the order of tokens that attention expects there.
 
         `rows` are `count` rows of the global batch, or all, from row `start` on: those that this
@@ -75,7 +77,7 @@ class Parallel:
             for name, array in self.reordered(rows).items()
         }
 
-    def batch_shapes(self, rows: Batch, count: int | None = None) -> dict[str, Any]:
+    def batch_shapes(self, rows: Batch, count: int | None = None) -> Arrays:
         """The shapes of such a batch, with their places: what a step is compiled for."""
         if self.alone:
             return rows
@@ -93,8 +95,6 @@ class Parallel:
         parts = self.mesh.shape["context"]
         if parts == 1:
             return rows
-        from jaxformer_kernels.context_attention import zigzag
-
         order = zigzag(parts, rows["inputs"].shape[1])
         return {name: x[:, order] if x.ndim > 1 else x for name, x in rows.items()}
 
@@ -116,7 +116,7 @@ class Parallel:
             return jax.jit(self.on_mesh(step), donate_argnums=0)
         run = self._pmapped(step) if self.config.mode == "pmap" else self._shard_mapped(step)
 
-        def divided(state: TrainState, batch: Batch) -> Any:
+        def divided(state: TrainState, batch: Arrays) -> Any:
             # A device's rows are its share of every micro-batch, as they are under jit.
             parts = {"A": accumulation, "N": self.mesh.shape["data"]}
             return run(
@@ -157,7 +157,7 @@ class Parallel:
         return PartitionSpec(sharding.BATCH, *rest)
 
     def _shard_mapped(self, step: Step) -> Step:
-        def run(state: TrainState, batch: Batch) -> Any:
+        def run(state: TrainState, batch: Arrays) -> Any:
             whole = PartitionSpec()
             # Unchecked: with the check on, the gradient of a parameter that all devices share comes
             # out summed already, and the step's own sum would multiply it.
@@ -178,7 +178,7 @@ class Parallel:
             step, axis_name="data", in_axes=(None, 0), out_axes=(None, None), devices=devices
         )
 
-        def run(state: TrainState, batch: Batch) -> Any:
+        def run(state: TrainState, batch: Arrays) -> Any:
             rows = {
                 name: rearrange(x, "(N B) ... -> N B ...", N=len(devices))
                 for name, x in batch.items()
