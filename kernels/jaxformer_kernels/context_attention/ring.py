@@ -6,6 +6,7 @@ values travel one step behind them, and come home after the last. Nothing that c
 device is kept, so memory is that of the local shards.
 """
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -30,7 +31,8 @@ class Options:
         axis_name: the mesh axis that is the ring.
         order: "zigzag" or "contiguous".
         softcap, scale, implementation: as in `attention`.
-        platform, interpreter: `dispatch`'s, for the backward pass, which is traced later.
+        platform, interpreter: `dispatch`'s when the call was made; the rules of its derivative may
+            be traced after that context has ended.
     """
 
     axis_name: str
@@ -49,6 +51,12 @@ class Options:
             "scale": self.scale,
             "implementation": self.implementation,
         }
+
+    @contextlib.contextmanager
+    def as_called(self):
+        """Choose and run implementations as where the call was made."""
+        with dispatch.compiling_for(self.platform), dispatch.interpreting(self.interpreter):
+            yield
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -84,8 +92,9 @@ def _forward(options, q, k, v, sinks, mask):
         jnp.full((B, N, T), -jnp.inf, wide(q.dtype)),
     )
     nothing = _compat.vary(nothing, _compat.varying_axes(q))
-    walk = _stretches(options, mask, q, k)
-    out, lse = _walk(options, walk, visit, nothing, (k, v, mask.kv_segment_ids))
+    with options.as_called():
+        walk = _stretches(options, mask, q, k)
+        out, lse = _walk(options, walk, visit, nothing, (k, v, mask.kv_segment_ids))
     if sinks is not None:
         sees = lse != -jnp.inf
         sink = jnp.broadcast_to(sinks.astype(lse.dtype)[:, None], lse.shape)
@@ -124,7 +133,7 @@ def _backward(options, residuals, out_gradient):
         dq, found = _choose(step, choice, work, dq, travelling)
         return dq, jax.tree.map(jnp.add, behind, found)
 
-    with dispatch.compiling_for(options.platform), dispatch.interpreting(options.interpreter):
+    with options.as_called():
         walk = _stretches(options, mask, q, k)
         (dq,) = _zeros(q)
         state = dq, _zeros(k, v)
