@@ -29,17 +29,21 @@ def passes(C, order, T, H=16, mask=CAUSAL):
     return both, (q, kv, kv, q)
 
 
-def equations(jaxpr, times=1):
-    """(equation, how often it runs) of a jaxpr and of all within; loops of unknown length once."""
+def bodies(jaxpr, times=1):
+    """(a jaxpr or one within, how often it runs); loops of unknown length count once."""
+    yield jaxpr, times
     for equation in jaxpr.eqns:
-        yield equation, times
         inside = times * equation.params.get("length", 1)
         for value in equation.params.values():
             for x in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(x, core.ClosedJaxpr):
-                    yield from equations(x.jaxpr, inside)
-                elif isinstance(x, core.Jaxpr):
-                    yield from equations(x, inside)
+                if isinstance(x, core.ClosedJaxpr | core.Jaxpr):
+                    yield from bodies(getattr(x, "jaxpr", x), inside)
+
+
+def equations(jaxpr):
+    """(equation, how often it runs) of all bodies."""
+    for body, times in bodies(jaxpr):
+        yield from ((equation, times) for equation in body.eqns)
 
 
 def sent(C, order, mask=CAUSAL):
@@ -89,6 +93,22 @@ def test_zigzag_has_every_device_multiply_as_much_at_each_step():
 
     assert all(len(set(work)) == 1 and work[0] > 0 for work in branches("zigzag"))
     assert all(0 in work for work in branches("contiguous"))
+
+
+def test_work_does_not_wait_for_what_is_on_its_way():
+    """In loops and last steps: sent before the branch, and not among its operands."""
+    function, arguments = passes(4, "zigzag", 64)
+    found = 0
+    for body, _ in bodies(jax.make_jaxpr(function)(*arguments).jaxpr):
+        names = [equation.primitive.name for equation in body.eqns]
+        if "cond" in names and "ppermute" in names:
+            work = body.eqns[names.index("cond")]
+            before = body.eqns[: names.index("cond")]
+            coming = [x for e in before if e.primitive.name == "ppermute" for x in e.outvars]
+            assert len(coming) >= 2
+            assert not any(x is y for x in coming for y in work.invars)
+            found += 1
+    assert found >= 2
 
 
 @pytest.fixture(scope="module")
