@@ -1,4 +1,4 @@
-"""`jaxformer <verb>`: what is done with a trained run."""
+"""`jaxformer <verb>`: what is done with a trained run, and what a run would take."""
 
 import dataclasses
 import json
@@ -236,6 +236,26 @@ def show(
     print(output)
 
 
+def plan(preset: Positional[str], topology: str) -> None:
+    """Compile a training step for hardware that need not be there: does it fit, how fast at best?
+
+    `jaxformer plan --help` lists what can be asked.
+
+    Args:
+        preset: A preset, a config.json or a run folder, as for train.py.
+        topology: The machine: v5p:4x4x4, v5p-128, v5e-256, v6e:8x8, h100:8, cpu:8.
+    """
+    _plan([preset, "--topology", topology])
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    """The verb with the options of the plan and all of the configuration's."""
+    from jaxformer.arguments import parse
+    from jaxformer.plan import command  # the parts of training, which no other verb needs
+
+    command.run(arguments, lambda rest: parse(rest, "jaxformer plan"))
+
+
 def _show_source(
     loaded: LoadedRun, source: str | None, input: Path | None, output: Path | None
 ) -> Path:
@@ -338,6 +358,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "score": score,
     "evaluate": evaluate,
     "show": show,
+    "plan": plan,
 }
 
 
@@ -345,12 +366,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one verb. Exits with 2 and one line on a known error."""
     keep_compiled()
     keep_memory()
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        if given[:1] == ["plan"]:  # whose options are those of train.py too
+            _plan(given[1:])
+            return
         tyro.extras.subcommand_cli_from_dict(
             VERBS,
             prog="jaxformer",
-            description="What is done with a trained run. Training: python train.py PRESET.",
-            args=sys.argv[1:] if arguments is None else list(arguments),
+            description="What is done with a trained run, and what one would take. Training: "
+            "python train.py PRESET.",
+            args=given,
         )
     except JaxformerError as error:
         Console(stderr=True, soft_wrap=True).print(

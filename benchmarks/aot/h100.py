@@ -4,27 +4,13 @@ import os
 import re
 from pathlib import Path
 
+from jaxformer.plan.topology import SHARED_MEMORY, environment, make_devices, parse_topology
+
 IMPLEMENTATION = "mosaic_gpu"
 CHIPS = ("h100",)
 SMALL_CHIPS = CHIPS
-SHARED_MEMORY = 232448  # bytes that a block of threads may have
-
 # Kernels that have no matrix product to do, by name.
 NO_MATMUL = ()
-
-_KIND = "NVIDIA H100 80GB HBM3"
-_TARGET = f"""platform_name: "CUDA" device_description_str: "{_KIND}"
-runtime_version {{ major: 13 minor: 0 }} dnn_version_info {{ major: 9 minor: 10 }}
-gpu_device_info {{ name: "{_KIND}"
- cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
- threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
- core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
- shared_memory_per_block: 49152 shared_memory_per_block_optin: {SHARED_MEMORY}
- shared_memory_per_core: 233472
- registers_per_core_limit: 65536 registers_per_block_limit: 65536
- block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
- memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84942979072
- driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" }}"""
 
 _dumps: Path | None = None
 
@@ -33,7 +19,7 @@ def prepare(dumps: Path) -> None:
     """Set what jax and Mosaic GPU read when they are loaded: no GPU, and a folder for dumps."""
     global _dumps
     _dumps = dumps
-    os.environ.update(JAX_PLATFORMS="cpu", MOSAIC_GPU_DUMP_TO=str(_dumps))
+    os.environ.update(environment("gpu"), MOSAIC_GPU_DUMP_TO=str(_dumps))
 
 
 def compile_case(case, chip: str) -> dict:
@@ -43,14 +29,10 @@ def compile_case(case, chip: str) -> dict:
         seconds; the program's memory in bytes; for every kernel its registers a thread, bytes of
         spills, bytes of shared memory, and the number of wgmma instructions.
     """
-    from jax.experimental import topologies
-
     from benchmarks.aot import worker
     from jaxformer_kernels import compiling_for
 
-    device = topologies.get_topology_desc(
-        platform="cuda", target_config=_TARGET, topology="1x1x1"
-    ).devices[0]
+    device = make_devices(parse_topology("h100:1"))[0]
     worker.empty(_dumps)
     with compiling_for("gpu"):
         compiled, seconds = worker.timed_compile(case, device, "cuda")

@@ -4,6 +4,8 @@ import os
 import re
 from pathlib import Path
 
+from jaxformer.plan.topology import environment, make_devices, parse_topology
+
 IMPLEMENTATION = "mosaic_tpu"
 CHIPS = ("v5e", "v5p", "v6e")
 SMALL_CHIPS = ("v5e",)
@@ -19,13 +21,7 @@ def prepare(dumps: Path) -> None:
     global _dumps
     _dumps = dumps
     os.environ.update(
-        JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE="v5litepod-4",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_WORKER_ID="0",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        TPU_LOG_DIR="disabled",
+        environment("tpu"),
         # Only what is read below: all of it is a hundred megabytes a kernel.
         LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={_dumps} --xla_jf_dump_llo_text=true "
         "--xla_jf_dump_llo_pass_label_regex=original|final_bundles",
@@ -39,12 +35,10 @@ def compile_case(case, chip: str) -> dict:
         seconds; the program's memory in bytes; for every kernel its static schedule length in
         bundles and its vector memory in bytes.
     """
-    from jax.experimental import topologies
-
     from benchmarks.aot import worker
     from jaxformer_kernels import compiling_for
 
-    device = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGY[chip]).devices[0]
+    device = make_devices(parse_topology(_TOPOLOGY[chip]))[0]
     worker.empty(_dumps)
     with compiling_for("tpu"):
         compiled, seconds = worker.timed_compile(case, device, "tpu")
