@@ -17,7 +17,7 @@ from rich.console import Console
 from jaxformer import config as configuration
 from jaxformer import models, nn
 from jaxformer.arguments import parse
-from jaxformer.config import Config
+from jaxformer.config import Config, DistributedConfig
 from jaxformer.data import (
     Batch,
     Tokenizers,
@@ -30,7 +30,7 @@ from jaxformer.data import (
 from jaxformer.errors import JaxformerError
 from jaxformer.runtime import keep_compiled, keep_memory
 from jaxformer.sharding import make_mesh
-from jaxformer.training import report
+from jaxformer.training import distributed, report
 from jaxformer.training.checkpoint import Checkpoints
 from jaxformer.training.compiling import compile_ahead, run_once, trace
 from jaxformer.training.evaluation import evaluate, make_loss, mean_loss
@@ -71,12 +71,18 @@ def train(config: Config, console: Console) -> int:
     for line in data.report.lines():
         say("data", line)
     fingerprint = data.fingerprint()
+    distributed.require_same(fingerprint, "training data")
     rows = config.train.batch_size * config.train.accumulation
-    batches = training_batches(data, config.data, batch_size=rows, seed=config.seed)
+    # What this process reads of every batch: all of it where it is alone.
+    index, count = parallel.share
+    part = {"process_index": index, "process_count": count}
+    batches = training_batches(data, config.data, batch_size=rows, seed=config.seed, **part)
     say("epoch", f"{batches.batches_per_epoch:,} steps of {rows} rows")
     dev: Sequence[Batch] = []
     if "dev" in data.filled:
-        dev = evaluation_batches(data, config.data, "dev", batch_size=config.eval.batch_size)
+        dev = evaluation_batches(
+            data, config.data, "dev", batch_size=config.eval.batch_size, **part
+        )
         if config.eval.max_batches is not None:
             dev = dev[: config.eval.max_batches]
 
@@ -118,10 +124,11 @@ def train(config: Config, console: Console) -> int:
     say("attention", report.attention(config))
     compiling = compile_ahead(traced)
 
-    with claim(folder, resume=config.resume), StopRequest() as stop:
+    stop = StopRequest(several=distributed.several())
+    with claim(folder, resume=config.resume), stop:
         # ------------------------------------------------------------ Restore
         checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
-        if config.resume and folder.has_checkpoint:
+        if config.resume and distributed.from_main(lambda: folder.has_checkpoint):
             state, progress = checkpoints.restore(template)
             if progress["data"] != fingerprint:
                 raise RunError("the training data is not what this run began with: restore it")
@@ -130,8 +137,12 @@ def train(config: Config, console: Console) -> int:
             say("resumed", f"from step {int(state.step):,} of {config.train.steps:,}")
         else:
             state, spent = run_once(first_state, like=template), 0.0
-            tokenizers.save(folder.tokenizers)
-        configuration.save(dataclasses.replace(config, resume=False), folder.config)
+            if distributed.is_main():
+                tokenizers.save(folder.tokenizers)
+        if distributed.is_main():
+            # How this was started is nothing that another start goes by.
+            kept = dataclasses.replace(config, resume=False, distributed=DistributedConfig())
+            configuration.save(kept, folder.config)
         tracker = Tracker(folder.metrics, config, start_step=int(state.step))
 
         def save(dev_loss: float | None) -> None:
@@ -155,9 +166,10 @@ def train(config: Config, console: Console) -> int:
             for step in range(start + 1, steps + 1):
                 batch = next(batches)
                 state, metrics = train_step(state, parallel.batch(batch))
-                shown.count(float(np.sum(batch["weights"])))
+                # Other processes' rows hold about as many.
+                shown.count(count * float(np.sum(batch["weights"])))
                 # Asked once: a signal may come at any time, and must not end the loop unsaved.
-                stopping = bool(stop)
+                stopping = stop.after(step)
                 saving = _due(step, config.checkpoint.every) or step == steps or stopping
                 logging = step % config.train.log_every == 0 or step == steps
                 if saving or logging:
@@ -196,11 +208,25 @@ def train(config: Config, console: Console) -> int:
                 step=step,
             )
         checkpoints.close()
-    evaluated = parallel.on_one_device(evaluated)
     split = config.eval.final_split if config.eval.final_split in data.filled else "dev"
-    scores, decoded = {}, []
+    scores, decoded, samples = {}, [], []
     if split in data.filled:
         say("scoring", f"step {step:,} on the {split} split")
+    lacking = distributed.from_main(lambda: parallel.lacking(evaluated))
+    if lacking:
+        say("scoring", report.too_large(lacking))
+        if split in data.filled:
+            scored = evaluation_batches(
+                data, config.data, split, batch_size=config.eval.batch_size, **part
+            )
+            scores = mean_loss(eval_step, evaluated, scored)
+    else:
+        evaluated = parallel.on_one_device(evaluated)
+    if not distributed.is_main():
+        return 0
+    if not lacking:
+        samples = report.text_samples(apply, evaluated, tokenizers, config)
+    if split in data.filled and not lacking:
         scores, decoded = evaluate(
             apply,
             evaluated,
@@ -222,7 +248,7 @@ def train(config: Config, console: Console) -> int:
         split=split,
         scores=scores,
         decoded=decoded,
-        samples=report.text_samples(apply, evaluated, tokenizers, config),
+        samples=samples,
         mesh=mesh,
         parameters=nn.count(state.params),
         seconds=seconds,
@@ -240,15 +266,18 @@ def main() -> int:
     keep_compiled()
     keep_memory()
     try:
-        return train(parse(sys.argv[1:]), console)
+        config = parse(sys.argv[1:])
+        distributed.initialize(config.distributed)
+        console.quiet = not distributed.is_main()
+        return train(config, console)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped before anything was saved since the last checkpoint")
-        return 130
+        return distributed.fail(130)
     except JaxformerError as error:
         Console(stderr=True, soft_wrap=True).print(
-            f"error: {error}", style="bold red", markup=False
+            f"{distributed.here()}error: {error}", style="bold red", markup=False
         )
-        return 2
+        return distributed.fail(2)
 
 
 if __name__ == "__main__":

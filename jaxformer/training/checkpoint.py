@@ -193,7 +193,7 @@ class Checkpoints:
 
 def placed(tree: Any, dtype: Any = None) -> Any:
     """The shapes of a tree, each with the sharding it has, else on the first device."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(leaf, "sharding", None) or device

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -241,23 +241,37 @@ def broadcast(value: Any) -> Any:
     return json.loads(np.asarray(received, np.uint8).tobytes().rstrip(b"\0"))
 
 
-def process_share(mesh: Mesh, rows: int) -> tuple[int, int]:
+def require_same(value: str, what: str) -> None:
+    """Raises JaxformerError in a process where a value is not that of process 0."""
+    if broadcast(value) != value:
+        raise JaxformerError(
+            f"the {what} of this process is not that of process 0: all must read the same files"
+        )
+
+
+def process_share(mesh: Mesh) -> tuple[int, int]:
     """(index, count): the part of a batch's rows, of `count` equal parts, for this process to read.
 
     The smallest that holds all rows its devices compute on. It may be larger than those, where they
     are not neighbours, and the same in several processes, where tensor or context axes reach across
-    them. `rows` must divide over the mesh.
+    them.
     """
-    places = NamedSharding(mesh, PartitionSpec(BATCH)).addressable_devices_indices_map((rows,))
-    spans = [index[0].indices(rows) for index in places.values() if index is not None]
-    first, last = min(start for start, _, _ in spans), max(stop for _, stop, _ in spans) - 1
-    parts = math.prod(mesh.shape[axis] for axis in BATCH)
-    count = max(
-        count
-        for count in range(1, parts + 1)
-        if parts % count == 0 and first // (rows // count) == last // (rows // count)
-    )
-    return first // (rows // count), count
+    if not several():
+        return 0, 1
+    shares = math.prod(mesh.shape[axis] for axis in BATCH)
+    split = NamedSharding(mesh, PartitionSpec(BATCH))
+    places = split.addressable_devices_indices_map((shares,)).values()
+    return smallest_part({place[0].indices(shares)[0] for place in places if place}, shares)
+
+
+def smallest_part(needed: Collection[int], shares: int) -> tuple[int, int]:
+    """(index, count) of the smallest of `count` equal parts of `shares` that holds all `needed`."""
+    for count in range(shares, 0, -1):
+        size = shares // count
+        parts = {share // size for share in needed}
+        if shares % count == 0 and len(parts) == 1:
+            return parts.pop(), count
+    raise ValueError(f"{needed} are no shares of {shares}")
 
 
 def _print(text: str) -> None:

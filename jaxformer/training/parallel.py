@@ -5,6 +5,7 @@ shard_map, pmap: every device runs the step on its rows, and the step sums over 
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from jaxformer import sharding
 from jaxformer.config import Config, ConfigError, ParallelConfig
 from jaxformer.data import Batch
 from jaxformer.nn.parameters import Params
+from jaxformer.training.distributed import process_share
 from jaxformer.training.state import TrainState
 from jaxformer_kernels.context_attention import zigzag
 
@@ -36,6 +38,11 @@ class Parallel:
     def alone(self) -> bool:
         """Whether there is but one device: nothing is then placed or divided."""
         return self.mesh.size == 1
+
+    @functools.cached_property
+    def share(self) -> tuple[int, int]:
+        """(index, count): the part of the rows of every batch that this process reads."""
+        return process_share(self.mesh)
 
     @property
     def manual_axes(self) -> tuple[str, ...]:
@@ -64,26 +71,25 @@ class Parallel:
             return jax.tree.map(lambda leaf: PartitionSpec(), params)
         return sharding.parameter_specs(axes, params, self.mesh)
 
-    def batch(self, rows: Batch, count: int | None = None, start: int = 0) -> Arrays:
+    def batch(self, rows: Batch) -> Arrays:
         """A batch on the mesh, in the order of tokens that attention expects there.
 
-        `rows` are `count` rows of the global batch, or all, from row `start` on: those that this
-        process's devices need.
+        `rows` are this process's `share` of it.
         """
         if self.alone:
             return rows
         return {
-            name: _placed(array, NamedSharding(self.mesh, self._batch_spec(array)), count, start)
+            name: _placed(array, NamedSharding(self.mesh, self._batch_spec(array)), self.share)
             for name, array in self.reordered(rows).items()
         }
 
-    def batch_shapes(self, rows: Batch, count: int | None = None) -> Arrays:
+    def batch_shapes(self, rows: Batch) -> Arrays:
         """The shapes of such a batch, with their places: what a step is compiled for."""
         if self.alone:
             return rows
         return {
             name: jax.ShapeDtypeStruct(
-                (array.shape[0] if count is None else count, *array.shape[1:]),
+                (array.shape[0] * self.share[1], *array.shape[1:]),
                 array.dtype,
                 sharding=NamedSharding(self.mesh, self._batch_spec(array)),
             )
@@ -129,11 +135,23 @@ class Parallel:
 
         return jax.jit(divided, donate_argnums=0)
 
+    def lacking(self, params: Params) -> int:
+        """Bytes that a device has too few to hold all parameters; 0 where it does not tell."""
+        known = self.mesh.local_devices[0].memory_stats() or {}
+        if self.alone or "bytes_limit" not in known:
+            return 0
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+        return max(needed + known.get("bytes_in_use", 0) - known["bytes_limit"], 0)
+
     def on_one_device(self, params: Params) -> Params:
-        """Parameters gathered to the first device, for decoding."""
+        """Parameters gathered to this process's first device, for decoding."""
         if self.alone:
             return params
-        return jax.device_put(params, self.mesh.devices.flat[0])
+        if jax.process_count() == 1:
+            return jax.device_put(params, self.mesh.devices.flat[0])
+        whole = jax.tree.map(lambda leaf: NamedSharding(self.mesh, PartitionSpec()), params)
+        copies = jax.jit(lambda tree: tree, out_shardings=whole)(params)
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), copies)
 
     def on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, which while it is traced knows the mesh."""
@@ -299,13 +317,16 @@ def _shape(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
-def _placed(rows: np.ndarray, place: NamedSharding, count: int | None, start: int) -> jax.Array:
-    if count is None:
+def _placed(rows: np.ndarray, place: NamedSharding, share: tuple[int, int]) -> jax.Array:
+    index, count = share
+    if jax.process_count() == 1:
         return jax.device_put(rows, place)
-    shape = (count, *rows.shape[1:])
+    held, start = len(rows), index * len(rows)
+    shape = (held * count, *rows.shape[1:])
 
-    def fetch(index: tuple[slice, ...]) -> np.ndarray:
-        first, last, _ = index[0].indices(count)
-        return rows[(slice(first - start, last - start), *index[1:])]
+    def fetch(where: tuple[slice, ...] | None) -> np.ndarray:
+        assert where is not None
+        first, last, _ = where[0].indices(shape[0])
+        return rows[(slice(first - start, last - start), *where[1:])]
 
     return jax.make_array_from_callback(shape, place, fetch)

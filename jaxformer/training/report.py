@@ -41,7 +41,10 @@ def devices(mesh: Mesh) -> str:
     used = f"{mesh.size}" if mesh.size == there else f"{mesh.size} of {there}"
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     arranged = f", mesh: {shape}" if shape else ""
-    return f"{used} x {kind.device_kind} ({kind.platform}), jax {jax.__version__}{arranged}"
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return (
+        f"{used} x {kind.device_kind} ({kind.platform}), jax {jax.__version__}{arranged}{processes}"
+    )
 
 
 def model(config: Config, params: Params) -> str:
@@ -104,6 +107,14 @@ def finite(metrics: Mapping[str, Any], step: int) -> dict[str, float]:
 def resume(folder: RunFolder) -> str:
     """The command that goes on with a run."""
     return f"python train.py {folder.path} --resume"
+
+
+def too_large(lacking: int) -> str:
+    """Why nothing is decoded of a model that one device cannot hold."""
+    return (
+        f"the loss alone: to decode, a device has {lacking / 2**30:.2f} GiB too little for all "
+        "parameters; `jaxformer evaluate RUN` does it on a machine with more"
+    )
 
 
 def text_samples(

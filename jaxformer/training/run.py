@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ from jaxformer.data import Tokenizers, image_height
 from jaxformer.errors import JaxformerError
 from jaxformer.nn.parameters import Params, pure, statistics
 from jaxformer.training.checkpoint import Checkpoints
+from jaxformer.training.distributed import from_main
+
+SEEN_WITHIN = 60
+"""Seconds after which a shared file system shows every machine a new folder."""
 
 
 class RunError(JaxformerError):
@@ -51,6 +56,11 @@ class RunFolder:
         return any(child.name.isdigit() for child in self.checkpoints.iterdir())
 
     @property
+    def lock(self) -> Path:
+        """Held by the run that trains here."""
+        return self.path / "lock"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a line."""
         return self.path / "metrics.jsonl"
@@ -80,21 +90,29 @@ def open_run(config: Config) -> tuple[Config, RunFolder]:
     """The run folder of a configuration, and the configuration with its name filled in.
 
     A new run gets a new folder; a resumed one must exist, and keep all but the options that only
-    change speed, length or reporting. Nothing is written. Raises RunError.
+    change speed, length or reporting. Nothing is written. Of several processes the first looks and
+    names the folder, for all. Raises RunError.
     """
+    path = from_main(lambda: _run_path(config))
+    return dataclasses.replace(config, run=path), RunFolder(Path(path))
+
+
+def _run_path(config: Config) -> str:
     if config.run is None:
         if config.resume:
             raise RunError("--resume needs --run DIR, the folder to go on with")
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        config = dataclasses.replace(config, run=f"runs/{config.preset}-{stamp}")
-    folder = RunFolder(Path(str(config.run)))
+        path = f"runs/{config.preset}-{stamp}"
+    else:
+        path = config.run
+    folder = RunFolder(Path(path))
     if config.resume:
         if not folder.config.exists():
             raise RunError(f"{folder.path} holds no run to resume; leave --resume out to start one")
         _check_unchanged(configuration.load(folder.config), config)
     else:
         _check_free(folder)
-    return config, folder
+    return path
 
 
 def _check_free(folder: RunFolder) -> None:
@@ -109,18 +127,38 @@ def _check_free(folder: RunFolder) -> None:
 
 @contextlib.contextmanager
 def claim(folder: RunFolder, *, resume: bool) -> Generator[None]:
-    """Makes the folder and holds it for this process. Raises RunError if another one has it."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with (folder.path / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(
-                f"another process trains in {folder.path}: wait for it, or choose another --run"
-            ) from None
-        if not resume:
-            _check_free(folder)
+    """Makes the folder and holds it for this run. Raises RunError if another one has it.
+
+    Of several processes the first holds it, and all must see it.
+    """
+    with contextlib.ExitStack() as held:
+        from_main(lambda: _hold(folder, resume, held))
+        _await(folder.lock)
         yield
+
+
+def _hold(folder: RunFolder, resume: bool, held: contextlib.ExitStack) -> None:
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock = held.enter_context(folder.lock.open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RunError(
+            f"another process trains in {folder.path}: wait for it, or choose another --run"
+        ) from None
+    if not resume:
+        _check_free(folder)
+
+
+def _await(lock: Path) -> None:
+    for _ in range(SEEN_WITHIN):
+        if lock.exists():
+            return
+        time.sleep(1)
+    raise RunError(
+        f"this process does not see {lock.parent}, which process 0 made: give a --run in a folder "
+        "that all machines share"
+    )
 
 
 # What a resumed run may change; the rest of these groups decides what is computed on which data.

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxformer.config import Config, to_dict
 from jaxformer.errors import JaxformerError
+from jaxformer.training.distributed import is_main
 
 
 class TrackingError(JaxformerError):
@@ -25,11 +26,17 @@ def require_installed(config: Config) -> None:
 
 
 class Tracker:
-    """Writes one line of metrics at a time, each with its step and kind (train or dev)."""
+    """Writes one line of metrics at a time, each with its step and kind (train or dev).
+
+    Of several processes only the first writes.
+    """
 
     def __init__(self, path: Path, config: Config, *, start_step: int = 0):
         self.path = path
         self.writers: list[Any] = []
+        self.file = None
+        if not is_main():
+            return
         if config.tracking.tensorboard:
             self.writers.append(_TensorBoard(path.parent / "tensorboard"))
         if config.tracking.wandb:
@@ -40,13 +47,16 @@ class Tracker:
 
     def write(self, step: int, kind: str, metrics: dict[str, float]) -> None:
         """Appends metrics of a step."""
+        if self.file is None:
+            return
         self.file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
         for writer in self.writers:
             writer.write(step, {f"{kind}/{name}": value for name, value in metrics.items()})
 
     def close(self) -> None:
         """Flushes and closes every writer."""
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         for writer in self.writers:
             writer.close()
 
