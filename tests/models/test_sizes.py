@@ -17,6 +17,8 @@ VASWANI = EMBEDDINGS + 6 * (3 * ATTENTION + 2 * FEEDFORWARD + 5 * NORM)
     [
         ("gpt2-small", 50_257, 124_439_808),
         ("llama2-7b", 32_000, 6_738_415_616),
+        ("llama2-13b", 32_000, 13_015_864_320),
+        ("llama2-70b", 32_000, 68_976_648_192),
         ("vaswani-base", 37_000, VASWANI),
         ("t5-small", 32_128, 60_506_624),
     ],
