@@ -4,9 +4,10 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxformer_kernels import _compat, dispatch
-from jaxformer_kernels.linear_cross_entropy import mosaic_tpu, reference, xla
+from jaxformer_kernels.linear_cross_entropy import mosaic_tpu, reference, split, xla
 from jaxformer_kernels.linear_cross_entropy.call import CrossEntropy, Options, describe, wide
 
 IMPLEMENTATIONS = {
@@ -28,6 +29,8 @@ def linear_cross_entropy(
     z_loss=0.0,
     weights=None,
     transposed: bool = False,
+    vocabulary_axis: str | None = None,
+    width_axis: str | None = None,
     implementation: str | None = None,
 ) -> CrossEntropy:
     """Cross-entropy of the logits x @ w, which are never in memory as a whole.
@@ -52,6 +55,10 @@ def linear_cross_entropy(
         z_loss: Python float, not negative.
         weights: floating [...]; None means 1 everywhere.
         transposed: w is [V, D], as a tied embedding is; it is not copied.
+        vocabulary_axis, width_axis: inside `jax.shard_map`, the mesh axes over which w's V and D
+            are split. Labels count through the whole vocabulary, and x, labels and weights are the
+            same for all of vocabulary_axis. D is gathered for the products, and w's gradient
+            summed over width_axis.
         implementation: "xla", "mosaic_tpu", "reference", or None for the platform's best that can
             do the call.
 
@@ -66,25 +73,53 @@ def linear_cross_entropy(
         TypeError, ValueError: an argument of the wrong shape or type; the message names the fix.
         NotImplementedError: the named implementation cannot do this call; names one that can.
     """
-    _check_arrays(x, w, labels, weights, transposed)
+    _check_split(w, vocabulary_axis, width_axis)
+    _check_arrays(x, w, labels, weights, transposed, width_axis)
     _check_options(softcap, label_smoothing, z_loss)
     softcap = None if softcap is None else float(softcap)
-    options = Options(softcap, float(label_smoothing), float(z_loss), transposed)
+    options = Options(
+        softcap,
+        float(label_smoothing),
+        float(z_loss),
+        transposed,
+        vocabulary_axis,
+        width_axis,
+    )
     call = describe(x, w, options)
     chosen = dispatch.choose(
         "linear_cross_entropy", IMPLEMENTATIONS, ORDER, implementation, call.features, call
     )
-    x, w, labels, weights = _compat.vary_alike(x, w, labels, weights)
+    x, w, labels, weights = _vary(vocabulary_axis, x, w, labels, weights)
 
     dtype = wide(x.dtype)
-    known = (labels >= 0) & (labels < call.V)
+    known = (labels >= 0) & (labels < split.vocabulary(options, call.V))
     weights = jnp.ones(labels.shape, dtype) if weights is None else weights.astype(dtype)
     weights = jnp.where(known | (weights == 0), weights, jnp.nan)
     found = chosen.run(options, x, w, jnp.where(known, labels, 0).astype(jnp.int32), weights)
     return found._replace(loss=jnp.where(known, found.loss, jnp.nan), correct=found.correct & known)
 
 
-def _check_arrays(x, w, labels, weights, transposed):
+def _vary(vocabulary_axis, x, w, labels, weights):
+    """The operands, so that each varies over all axes that any does, for gradients to match.
+
+    Labels and weights, and with them the results, are the same for all of vocabulary_axis; of x
+    each device has a part of the gradient, and the transpose of the cast sums the parts.
+    """
+    x, w = _compat.vary_alike(x, w, (labels, weights))[:2]
+    own = _compat.varying_axes(x) - {vocabulary_axis}
+    return x, w, _compat.vary(labels, own), _compat.vary(weights, own)
+
+
+def _check_split(w, vocabulary_axis, width_axis):
+    for name, axis in (("vocabulary_axis", vocabulary_axis), ("width_axis", width_axis)):
+        if axis is not None and axis not in _compat.varying_axes(w):
+            raise ValueError(
+                f"linear_cross_entropy: {name}={axis!r}, but w is not split over it; call it "
+                "inside jax.shard_map (with check_vma=True) and name the axis in w's in_specs."
+            )
+
+
+def _check_arrays(x, w, labels, weights, transposed, width_axis):
     for name, array in (("x", x), ("w", w)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(
@@ -95,6 +130,8 @@ def _check_arrays(x, w, labels, weights, transposed):
         raise ValueError("linear_cross_entropy: x must be [..., D], got a scalar.")
     D = x.shape[-1]
     axes = "[V, D]" if transposed else "[D, V]"
+    if width_axis is not None:
+        D //= lax.axis_size(width_axis)
     if w.ndim != 2 or w.shape[1 if transposed else 0] != D:
         turned = w.ndim == 2 and w.shape[0 if transposed else 1] == D
         fix = f"; pass transposed={not transposed}" if turned else ""

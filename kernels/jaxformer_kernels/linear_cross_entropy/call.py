@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-FEATURES = frozenset({"float64", "label_smoothing", "softcap", "transposed", "z_loss"})
+FEATURES = frozenset({"float64", "label_smoothing", "softcap", "split_w", "transposed", "z_loss"})
 
 
 class CrossEntropy(NamedTuple):
@@ -33,6 +33,8 @@ class Options:
     label_smoothing: float
     z_loss: float
     transposed: bool
+    vocabulary_axis: str | None = None
+    width_axis: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,7 @@ def describe(x, w, options: Options) -> Call:
         "float64": x.dtype == jnp.float64,
         "label_smoothing": options.label_smoothing != 0,
         "softcap": options.softcap is not None,
+        "split_w": (options.vocabulary_axis, options.width_axis) != (None, None),
         "transposed": options.transposed,
         "z_loss": options.z_loss != 0,
     }

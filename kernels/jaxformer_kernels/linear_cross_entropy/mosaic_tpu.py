@@ -98,9 +98,15 @@ def statistics(options, x, w, labels):
         ),
         interpret=dispatch.interpreter() or False,
         name="linear_cross_entropy",
-    )(x, w.astype(x.dtype), labels)
-    lse, of_label, mean, correct = (found[:, lane].reshape(shape) for lane in range(4))
-    return lse, of_label, mean if options.label_smoothing else None, correct == 1
+    )(x, w, labels)
+    lse, of_label, mean, correct, top = (found[:, lane].reshape(shape) for lane in range(5))
+    return (
+        lse,
+        of_label,
+        mean if options.label_smoothing else None,
+        correct == 1,
+        None if options.vocabulary_axis is None else top,
+    )
 
 
 def _kernel(plan, options, V, x, w, labels, out, logits, top, total, of_label, summed, best):
@@ -192,7 +198,7 @@ def _reduce(plan, options, V, j, offset, logits, labels, top, total, of_label, s
 
 
 def _across_lanes(V, labels, top, total, of_label, summed, best):
-    """[rows, lanes]: log-sum-exp, label's logit, mean logit, and 1 where correct, in turn."""
+    """[rows, lanes]: log-sum-exp, label's and mean logit, 1 where correct, and largest, in turn."""
     lane = lax.broadcasted_iota(jnp.int32, top.shape, 1)
     largest = jnp.max(top[...], axis=1, keepdims=True)
     everything = jnp.sum(total[...] * jnp.exp(top[...] - largest), axis=1, keepdims=True)
@@ -203,6 +209,7 @@ def _across_lanes(V, labels, top, total, of_label, summed, best):
         jnp.sum(of_label[...], axis=1, keepdims=True),
         jnp.sum(summed[...], axis=1, keepdims=True) / V,
         jnp.where(correct, 1.0, 0.0),
+        largest,
     )
     return functools.reduce(
         lambda left, right: jnp.where(lane == right[0], right[1], left),

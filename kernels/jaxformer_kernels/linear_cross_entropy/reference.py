@@ -33,4 +33,4 @@ def reference(options, x, w, labels, weights):
     return CrossEntropy(jnp.sum(weights * objective), loss, lse, correct)
 
 
-IMPLEMENTATION = dispatch.Implementation(run=reference, supports=FEATURES)
+IMPLEMENTATION = dispatch.Implementation(run=reference, supports=FEATURES - {"split_w"})

@@ -16,6 +16,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxformer_kernels import _compat, dispatch
+from jaxformer_kernels.linear_cross_entropy import split
 from jaxformer_kernels.linear_cross_entropy.call import FEATURES, CrossEntropy, wide
 
 # Tokens of a tile on a device. Adding a tile's share to the gradient of w moves 8 bytes an entry of
@@ -30,12 +31,15 @@ def differentiable(statistics):
     """The `run` of an implementation whose pass without gradients is `statistics`.
 
     `statistics(options, x, w, labels)` gives for every token the log-sum-exp, the label's logit,
-    the mean logit (None without label smoothing) and whether the label is the likeliest.
+    the mean logit (None without label smoothing), whether the label is the likeliest, and the
+    largest logit (None unless the vocabulary is split). w has x's dtype and all of D.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def run(options, x, w, labels, weights):
-        return _result(options, statistics(options, x, w, labels), weights)[0]
+        labels = split.local(options, labels, _vocabulary(options, w))
+        found = statistics(options, x, split.gathered(options, w, x.dtype), labels)
+        return _result(options, split.merged(options, labels, found), weights)[0]
 
     run.defvjp(_forward, _backward, symbolic_zeros=True)
     return run
@@ -43,11 +47,10 @@ def differentiable(statistics):
 
 def statistics(options, x, w, labels):
     """Every token's statistics, tile by tile; see `differentiable`."""
-    w = w.astype(x.dtype)
 
     def tile(x, labels):
         logits = _logits(options, x, w)
-        return None, _statistics(options, logits, labels, _softmax(logits)[2])
+        return None, _statistics(options, logits, labels, _softmax(logits))
 
     return _over_tiles(tile, labels.shape, _vocabulary(options, w), (x, labels))[1]
 
@@ -82,21 +85,23 @@ def _gradients(options, x, w, labels, cotangents, wanted):
 
     Either of the last two may be None, and so is each gradient that is not `wanted`.
     """
-    narrow = w.astype(x.dtype)
+    narrow = split.gathered(options, w, x.dtype)
     V = _vocabulary(options, w)
+    labels = split.local(options, labels, V)
     for_x, for_w = wanted
 
     def tile(x, labels, cotangents):
         logits = _logits(options, x, narrow)
         softmax = _softmax(logits)
-        found = _statistics(options, logits, labels, softmax[2])
-        dlogits = _logits_gradient(options, logits, softmax, labels, cotangents).astype(x.dtype)
+        found = split.merged(options, labels, _statistics(options, logits, labels, softmax))
+        of_logits = _logits_gradient(options, logits, softmax, found[0], labels, cotangents)
+        dlogits = of_logits.astype(x.dtype)
         dx = _product(dlogits, narrow, 0 if options.transposed else 1) if for_x else None
         dw = _weight_gradient(options, x, dlogits) if for_w else None
         return dw, (found, None if dx is None else dx.astype(x.dtype))
 
     dw, (found, dx) = _over_tiles(tile, labels.shape, V, (x, labels, cotangents))
-    return found, (dx, None if dw is None else dw.astype(w.dtype))
+    return found, (dx, None if dw is None else split.scattered(options, dw).astype(w.dtype))
 
 
 def _logits(options, x, w):
@@ -108,17 +113,19 @@ def _logits(options, x, w):
 
 
 def _softmax(logits):
-    """exp(logits - their maximum), the sum of that, and its log-sum-exp."""
+    """exp(logits - their maximum), the sum of that, its log-sum-exp, and the maximum."""
     top = jnp.max(logits, axis=-1)
     raised = jnp.exp(logits - top[..., None])
     total = jnp.sum(raised, axis=-1)
-    return raised, total, jnp.log(total) + top
+    return raised, total, jnp.log(total) + top, top
 
 
-def _statistics(options, logits, labels, lse):
+def _statistics(options, logits, labels, softmax):
+    _, _, lse, top = softmax
     of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="clip")[..., 0]
     mean = jnp.mean(logits, axis=-1) if options.label_smoothing else None
-    return lse, of_label, mean, jnp.argmax(logits, axis=-1) == labels
+    correct = jnp.argmax(logits, axis=-1) == labels
+    return lse, of_label, mean, correct, None if options.vocabulary_axis is None else top
 
 
 def _result(options, found, weights):
@@ -134,9 +141,12 @@ def _result(options, found, weights):
     return CrossEntropy(jnp.sum(weights * objectives), loss, lse, correct), objectives
 
 
-def _logits_gradient(options, logits, softmax, labels, cotangents):
-    """Gradient of the uncapped logits, from that of each token's objective, loss and lse."""
-    raised, total, lse = softmax
+def _logits_gradient(options, logits, softmax, lse, labels, cotangents):
+    """Gradient of the uncapped logits, from that of each token's objective, loss and lse.
+
+    `softmax` is that of these logits, `lse` is the log-sum-exp of the whole vocabulary's.
+    """
+    raised, total, of_these, _ = softmax
     of_objective, of_loss, of_lse = cotangents
     share = options.label_smoothing
     for_p = of_objective * (1 + 2 * options.z_loss * lse) if options.z_loss else of_objective
@@ -145,11 +155,14 @@ def _logits_gradient(options, logits, softmax, labels, cotangents):
         for_p, for_label = for_p + of_loss, for_label + of_loss
     if of_lse is not None:
         for_p = for_p + of_lse
+    if options.vocabulary_axis is not None:
+        for_p = for_p * jnp.exp(of_these - lse)
     token = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     gradient = raised * (for_p / total)[..., None]
     gradient = gradient - jnp.where(token == labels[..., None], for_label[..., None], 0)
     if share:
-        gradient = gradient - (of_objective * (share / logits.shape[-1]))[..., None]
+        V = split.vocabulary(options, logits.shape[-1])
+        gradient = gradient - (of_objective * (share / V))[..., None]
     if options.softcap is not None:
         gradient = gradient * (1 - jnp.square(logits / options.softcap))
     return gradient
