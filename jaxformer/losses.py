@@ -1,13 +1,18 @@
 """Losses as plain functions; sums, not means, so that batches of unequal size add up."""
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxformer import sharding
 from jaxformer.data import is_label
 from jaxformer.models.output import CTCFrames, HybridPredictions, LogitFactors
 from jaxformer.nn.ctc import collapse
-from jaxformer_kernels import ctc_loss, linear_cross_entropy
+from jaxformer_kernels import CrossEntropy, ctc_loss, linear_cross_entropy
 
 Sums = dict[str, Float[Array, ""]]
 
@@ -89,14 +94,14 @@ def cross_entropy(
     Returns `(objective, {"loss", "correct", "tokens"})`: loss is the plain cross-entropy, correct
     the tokens whose likeliest prediction is right, tokens the sum of the weights.
     """
-    found = linear_cross_entropy(
+    found = _linear_cross_entropy(
         factors.x.astype(factors.compute_dtype),
         factors.w,
         targets,
+        weights,
         softcap=factors.softcap,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
-        weights=weights,
         transposed=factors.transposed,
     )
     counted = weights != 0
@@ -106,6 +111,64 @@ def cross_entropy(
         "tokens": weights.sum(),
     }
     return found.objective, sums
+
+
+def _linear_cross_entropy(
+    x: Float[Array, "B T D"],
+    w: Float[Array, "_ _"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    transposed: bool,
+    **options: Any,
+) -> CrossEntropy:
+    """`jaxformer_kernels.linear_cross_entropy`, on whatever mesh is active.
+
+    Every device has its own tokens, and the logits of its own part of the vocabulary; where tensor
+    does not divide that, it divides the tokens once more. However many tiles there are, w's
+    gradient is reduced over the mesh once.
+    """
+    mesh = sharding.active()
+    if mesh is None:
+        return linear_cross_entropy(
+            x, w, targets, weights=weights, transposed=transposed, **options
+        )
+    names = ("V", "D") if transposed else ("D", "V")
+    split = dict(zip(names, sharding.parameter_spec(names, w.shape, mesh), strict=True))
+    rows, columns = sharding.spec("B T", targets.shape, mesh)
+    if split["D"] not in sharding.axes_in([rows]):
+        split["D"] = None
+    if split["V"] is None and sharding.divides("tensor"):
+        further = (*sharding.axes_in([columns]), "tensor")
+        if targets.shape[1] % math.prod(mesh.shape[axis] for axis in further) == 0:
+            columns = further
+    tokens = PartitionSpec(rows, columns)
+
+    def run(x: Array, w: Array, targets: Array, weights: Array) -> tuple[Array, ...]:
+        found = linear_cross_entropy(
+            x,
+            w,
+            targets,
+            weights=weights,
+            transposed=transposed,
+            vocabulary_axis=split["V"],
+            width_axis=split["D"],
+            **options,
+        )
+        return (jax.lax.psum(found.objective, sharding.axes_in(tokens)), *found[1:])
+
+    found = jax.shard_map(
+        run,
+        in_specs=(
+            PartitionSpec(*tokens, None),
+            PartitionSpec(*split.values()),
+            tokens,
+            tokens,
+        ),
+        out_specs=(PartitionSpec(), tokens, tokens, tokens),
+        axis_names=set(sharding.free_axes(mesh)),
+    )(x, w, targets, weights)
+    return CrossEntropy(*found)
 
 
 def expected_risk(

@@ -6,9 +6,12 @@ sequences over `context`, heads, feed-forward width and vocabulary over `tensor`
 says which axes its arrays have (`constrain`), and does nothing where there is no mesh.
 """
 
+import contextlib
+import contextvars
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -59,6 +62,26 @@ ACTIVATIONS = {
     "V": ("tensor",),
 }
 """The mesh axes that an axis of an activation is split over; others stay whole."""
+
+ContextMethod = Literal["ring", "all_to_all"]
+_context_method: contextvars.ContextVar[ContextMethod] = contextvars.ContextVar(
+    "context_method", default="ring"
+)
+
+
+@contextlib.contextmanager
+def context_by(method: ContextMethod) -> Generator[None]:
+    """Attend over sequences that are split by this method in what is traced inside this context."""
+    token = _context_method.set(method)
+    try:
+        yield
+    finally:
+        _context_method.reset(token)
+
+
+def context_method() -> ContextMethod:
+    """What `context_by` was given; ring outside it."""
+    return _context_method.get()
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
@@ -139,6 +162,37 @@ def free_axes(mesh: AbstractMesh | Mesh) -> tuple[str, ...]:
     return tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in manual)
 
 
+def divides(axis: str) -> bool:
+    """Whether the active mesh divides arrays over this axis."""
+    return axis in free_axes(jax.sharding.get_abstract_mesh())
+
+
+def manual_axes() -> tuple[str, ...]:
+    """The axes of more than one device that are divided by hand here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in mesh.manual_axes if mesh.shape[axis] > 1)
+
+
+def device_index(axes: Sequence[str]) -> Any:
+    """The number of this device among those of some manual axes, the last counting fastest."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    index = 0
+    for axis in axes:
+        index = index * sizes[axis] + jax.lax.axis_index(axis)
+    return index
+
+
+def by_hand(letter: str) -> tuple[Any, int]:
+    """Which part of an activation's axis this device holds, and of how many.
+
+    (0, 1) but where the axis is divided by hand.
+    """
+    manual = manual_axes()
+    axes = tuple(axis for axis in ACTIVATIONS.get(letter, ()) if axis in manual)
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return device_index(axes), math.prod(sizes[axis] for axis in axes)
+
+
 def spec(letters: str, shape: Sequence[int], mesh: AbstractMesh | Mesh) -> PartitionSpec:
     """How an activation with these axes ("B T D") is split: see ACTIVATIONS.
 
@@ -151,6 +205,12 @@ def spec(letters: str, shape: Sequence[int], mesh: AbstractMesh | Mesh) -> Parti
         parts = math.prod(mesh.shape[axis] for axis in wanted)
         entries.append(wanted if wanted and size % parts == 0 else None)
     return PartitionSpec(*entries)
+
+
+def axes_in(spec: Iterable[Any]) -> tuple[str, ...]:
+    """The mesh axes that a PartitionSpec, or some entries of one, name."""
+    entries = ((entry,) if isinstance(entry, str) else entry or () for entry in spec)
+    return tuple(itertools.chain.from_iterable(entries))
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:

@@ -270,7 +270,7 @@ class RecurrentSeq2Seq(nnx.Module):
         states = _layers(cache.state)
         for number, layer in enumerate(self.decoder.values()):
             if number:
-                x = dropout(x, self.config.dropout, keys[number])
+                x = dropout(x, self.config.dropout, keys[number], axes="T B D")
             x, states[number] = lstm(
                 layer.project(x),
                 layer.recurrent_kernel[...][0],
@@ -392,7 +392,7 @@ def _dropout_mask(
 ) -> Float[Array, "_ _ D"] | None:
     if key is None or rate == 0.0:
         return None
-    return dropout(jnp.ones(shape, jnp.float32), rate, key)
+    return dropout(jnp.ones(shape, jnp.float32), rate, key, axes="T B D")
 
 
 def _masked(x: Array, mask: Array | None) -> Array:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxformer.config import ModelConfig
 from jaxformer.nn import Block, Cache, Embedding, dropout, run_layers, stack_layers
 from jaxformer.nn.block import make_norm
-from jaxformer.nn.position import RelativeBias, alibi, sinusoidal
+from jaxformer.nn.position import RelativeBias, alibi, sinusoidal, token_places
 from jaxformer.nn.stack import unstack_layers
 from jaxformer_kernels import Mask
 
@@ -100,8 +100,8 @@ class Transformer(nnx.Module):
         tokens = embedded.shape[1]
         check_length(tokens, self.config)
         if positions is None:
-            positions = jnp.arange(tokens, dtype=jnp.int32)[None].repeat(embedded.shape[0], 0)
-        places = jnp.arange(tokens, dtype=jnp.int32)
+            positions = token_places(*embedded.shape[:2], causal=self.causal)
+        order = jnp.arange(tokens, dtype=jnp.int32)
         mask = Mask(
             causal=self.causal,
             window=self._window(),
@@ -113,7 +113,7 @@ class Transformer(nnx.Module):
             if segment_ids is None:
                 segment_ids = jnp.ones(embedded.shape[:2], jnp.int32)
             cross_mask = Mask(q_segment_ids=segment_ids, kv_segment_ids=source_segment_ids)
-        bias = self._bias(places, places)
+        bias = self._bias(order, order)
         rotated = positions if self.config.position == "rotary" else None
         input_key, layer_keys = self._keys(key)
         x = self._enter(embedded, positions, input_key)

@@ -6,12 +6,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxformer import sharding
 from jaxformer.config import ModelConfig
 from jaxformer.nn.cache import Cache
 from jaxformer.nn.linear import Linear, together
+from jaxformer.nn.mesh_attention import attend
 from jaxformer.nn.norm import RMSNorm
 from jaxformer.nn.position import rotary
-from jaxformer_kernels import Dropout, Mask, attention, decode_attention
+from jaxformer_kernels import Dropout, Mask, decode_attention
 
 # Measured on a CPU, step by step against `attention`: a layer of fewer elements decodes no slower
 # whole, from as many on it pays to read only what the cache holds (0.5 to 0.9 of a step's time).
@@ -89,7 +91,7 @@ class Attention(nnx.Module):
             if key is not None and config.attention_dropout
             else None
         )
-        mixed = attention(
+        mixed = attend(
             *operands,
             bias=bias,
             mask=mask,
@@ -132,7 +134,7 @@ class Attention(nnx.Module):
         B, S, K, _ = keys.shape
         units = jnp.broadcast_to(jnp.eye(S, dtype=keys.dtype)[None, :, None], (B, S, K, S))
         config = self.config
-        return attention(
+        return attend(
             queries,
             keys,
             units,
@@ -174,7 +176,8 @@ def self_attention(
     if cache is not None:
         cache = cache.write(layer, keys, values)
         keys, values = cache.read(layer)
-        plain = bias is None and module.config.attention is None
+        # On a mesh the kernel for decoding would have operands gathered that are split.
+        plain = bias is None and module.config.attention is None and sharding.active() is None
         if plain and x.shape[1] <= _FEW_TOKENS and keys.size >= _LARGE_LAYER:
             return module.decode(queries, (keys, values), cache=cache, window=mask.window), cache
     y = module(queries, (keys, values), mask=mask, bias=bias, key=key)

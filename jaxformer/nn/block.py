@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxformer import sharding
 from jaxformer.config import ModelConfig
 from jaxformer.nn.attention import Attention, self_attention
 from jaxformer.nn.cache import Cache
@@ -72,8 +73,10 @@ class Block(nnx.Module):
 
         def residual(x: Array, norm: Callable, branch: Callable, key: PRNGKeyArray | None) -> Array:
             if config.norm_placement == "pre":
-                return x + dropout(branch(norm(x)), config.dropout, key)
-            return norm(x + dropout(branch(x), config.dropout, key))
+                y = branch(sharding.constrain(norm(x), "B T D"))
+                return sharding.constrain(x + dropout(y, config.dropout, key), "B T D")
+            y = norm(x + dropout(branch(x), config.dropout, key))
+            return sharding.constrain(y, "B T D")
 
         def attend(y: Array) -> Array:
             nonlocal cache

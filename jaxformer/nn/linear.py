@@ -3,13 +3,16 @@
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from jaxformer import sharding
 from jaxformer.nn.parameters import fan_in_normal, parameter
 from jaxformer.nn.precision import activation_dtype
 from jaxformer_kernels import dispatch
@@ -19,31 +22,53 @@ from jaxformer_kernels import dispatch
 _FEW_ROWS = 128
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def matmul(
-    x: Float[Array, "rows inner"], w: Float[Array, "_ _"], dtype: str, transposed: bool = False
-) -> Float[Array, "rows columns"]:
+    x: Float[Array, "*rows inner"],
+    w: Float[Array, "_ _"],
+    dtype: str,
+    transposed: bool = False,
+    split: PartitionSpec | None = None,
+) -> Float[Array, "*rows columns"]:
     """x @ w, or x @ w.T where `transposed`; operands in `dtype`, sums in float32, in both passes.
 
     The result has the dtype of x. Without a rule of its own the backward pass would multiply a
-    float32 cotangent by a narrow operand, which no matrix unit does.
+    float32 cotangent by a narrow operand, which no matrix unit does. `split` says how w is divided
+    over the active mesh: each product gathers it over fsdp, and its gradient is divided likewise.
     """
-    return _product(x, w, dtype, contract=(1, 1 if transposed else 0)).astype(x.dtype)
+    whole = _gathered(w, dtype, split)
+    return _product(x, whole, dtype, contract=(x.ndim - 1, 1 if transposed else 0)).astype(x.dtype)
 
 
-def _matmul_forward(x, w, dtype, transposed):
+def _matmul_forward(x, w, dtype, transposed, split):
     # What the product read is what the backward pass reads: half the bytes of float32.
     narrow = _narrowed(x, dtype)
-    y = _product(narrow, w, dtype, contract=(1, 1 if transposed else 0)).astype(x.dtype)
-    return y, (narrow, w, jnp.zeros((0,), x.dtype))
+    whole = _gathered(w, dtype, split)
+    y = _product(narrow, whole, dtype, contract=(x.ndim - 1, 1 if transposed else 0))
+    # Not w as it was gathered: of all layers at once that would be all parameters on every device.
+    return y.astype(x.dtype), (narrow, w, jnp.zeros((0,), x.dtype))
 
 
-def _matmul_backward(dtype, transposed, saved, cotangent):
+def _matmul_backward(dtype, transposed, split, saved, cotangent):
     x, w, like = saved
     cotangent = _narrowed(cotangent, dtype)
-    dx = _product(cotangent, w, dtype, contract=(1, 0 if transposed else 1))
+    whole = _gathered(w, dtype, split)
+    dx = _product(cotangent, whole, dtype, contract=(x.ndim - 1, 0 if transposed else 1))
     left, right = (cotangent, x) if transposed else (x, cotangent)
-    return dx.astype(like.dtype), _over_rows(left, right, dtype).astype(w.dtype)
+    dw = _over_rows(left, right, dtype).astype(w.dtype)
+    return dx.astype(like.dtype), dw if split is None else _placed(dw, split)
+
+
+def _gathered(w: Array, dtype: str, split: PartitionSpec | None) -> Array:
+    """w in the dtype of operands, whole but for what tensor divides."""
+    if split is None:
+        return w
+    kept = PartitionSpec(*(None if axis == "fsdp" else axis for axis in split))
+    # Narrow before it travels.
+    return _placed(_placed(w.astype(dtype), split), kept)
+
+
+_placed = jax.lax.with_sharding_constraint
 
 
 def _narrowed(x: Array, dtype: str) -> Array:
@@ -54,14 +79,15 @@ def _narrowed(x: Array, dtype: str) -> Array:
 
 
 def _over_rows(left: Array, right: Array, dtype: str) -> Array:
-    """left.T @ right.
+    """left.T @ right, of all rows.
 
     A CPU multiplies faster with the narrower of the two on the left, the transpose of the result
     included (0.8 of the time at 2048 rows of 1536 and 384); and bfloat16 only where it need not
     sum over rows on both sides.
     """
-    if dispatch.platform() != "cpu":
-        return _product(left, right, dtype, contract=(0, 0))
+    if dispatch.platform() != "cpu" or left.ndim > 2:
+        rows = tuple(range(left.ndim - 1))
+        return _product(left, right, dtype, contract=(rows, rows))
     if left.shape[1] > right.shape[1]:
         # Apart, lest XLA turn the operands again and not the result.
         return jax.lax.optimization_barrier(_over_rows(right, left, dtype)).T
@@ -81,8 +107,9 @@ def project(
     return matmul(rows, w, dtype).reshape(*x.shape[:-1], -1)
 
 
-def _product(a: Array, b: Array, dtype: str, contract: tuple[int, int]) -> Array:
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+def _product(a: Array, b: Array, dtype: str, contract: tuple[Any, Any]) -> Array:
+    of_a, of_b = (axes if isinstance(axes, tuple) else (axes,) for axes in contract)
+    dimensions = ((of_a, of_b), ((), ()))
     a, b = a.astype(dtype), b.astype(dtype)
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
@@ -119,6 +146,7 @@ class Linear(nnx.Module):
     ):
         if shared := inputs.keys() & outputs.keys():
             raise ValueError(f"axes {sorted(shared)} are inputs and outputs: name them apart")
+        self.axes = (tuple(inputs), tuple(outputs))
         self.inputs = tuple(inputs.values())
         self.outputs = tuple(outputs.values())
         self.compute_dtype = compute_dtype
@@ -132,37 +160,54 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         rows, batch = self.rows(x)
-        return self.finish(matmul(rows, self.matrix(), self.compute_dtype), batch)
+        y = matmul(rows, self.matrix(), self.compute_dtype, False, self.split())
+        return self.finish(y, batch)
 
-    def rows(self, x: Float[Array, "..."]) -> tuple[Float[Array, "rows inner"], tuple[int, ...]]:
-        """x with its batch axes as one, in the dtype of activations, and the sizes of those."""
+    def rows(self, x: Float[Array, "..."]) -> tuple[Float[Array, "*rows inner"], tuple[int, ...]]:
+        """x with its batch axes as one, in the dtype of activations, and the sizes of those.
+
+        Where a mesh divides tokens, the batch axes stay: as one it could not divide them.
+        """
         batch = x.shape[: x.ndim - len(self.inputs)]
         # One 2-D product: on CPU a batched product of the same sizes runs far slower.
-        rows = x.reshape(-1, math.prod(self.inputs))
+        apart = batch if sharding.divides("context") else (-1,)
+        rows = x.reshape(*apart, math.prod(self.inputs))
         return rows.astype(activation_dtype(self.compute_dtype)), batch
 
     def matrix(self) -> Float[Array, "inner columns"]:
         """The kernel, with its input axes as one and its output axes as one."""
         return self.kernel[...].reshape(math.prod(self.inputs), -1)
 
+    def split(self) -> PartitionSpec | None:
+        """How the active mesh, if there is one, divides `matrix`."""
+        mesh = sharding.active()
+        if mesh is None:
+            return None
+        inputs, outputs = self.axes
+        spec = sharding.parameter_spec(inputs + outputs, self.inputs + self.outputs, mesh)
+        # Axes that become one are divided by the first of them: heads, not what is in a head.
+        return PartitionSpec(spec[0], spec[len(inputs)])
+
     def finish(
-        self, y: Float[Array, "rows columns"], batch: tuple[int, ...]
+        self, y: Float[Array, "*rows columns"], batch: tuple[int, ...]
     ) -> Float[Array, "..."]:
         """A product of `rows` and `matrix`, with the bias and its axes."""
         if self.bias is not None:
             y = y + self.bias[...].reshape(-1).astype(y.dtype)
-        return y.reshape(*batch, *self.outputs)
+        letters = ("B", "T", *["_"] * len(batch))[: len(batch)] + self.axes[1]
+        return sharding.constrain(y.reshape(*batch, *self.outputs), " ".join(letters))
 
 
 def together(layers: Sequence[Linear], x: Float[Array, "..."]) -> list[Float[Array, "..."]]:
     """What each of the layers makes of the same x.
 
     On a CPU as one product with their kernels side by side: three small ones keep its cores less
-    busy than one large one. Elsewhere one by one: side by side, kernels that are spread over
-    devices by heads would have to be gathered.
+    busy than one large one. Elsewhere, and on a mesh, one by one: side by side, kernels that are
+    spread over devices by heads would have to be gathered.
     """
     rows, batch = layers[0].rows(x)
-    if dispatch.platform() != "cpu" or len(layers) == 1 or rows.shape[0] <= _FEW_ROWS:
+    side_by_side = dispatch.platform() == "cpu" and sharding.active() is None
+    if not side_by_side or len(layers) == 1 or rows.shape[0] <= _FEW_ROWS:
         return [layer(x) for layer in layers]
     kernels = [layer.matrix() for layer in layers]
     product = matmul(rows, jnp.concatenate(kernels, axis=1), layers[0].compute_dtype)

@@ -8,7 +8,26 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxformer import sharding
 from jaxformer.nn.parameters import parameter
+from jaxformer_kernels import zigzag
+
+
+def token_places(rows: int, tokens: int, *, causal: bool) -> Int[Array, "B T"]:
+    """The place of every token in its sequence, where it is nothing else but 0, 1, 2, ...
+
+    Where a mesh divides sequences, those that are read causally come in the order of
+    `jaxformer_kernels.zigzag`. Where it does so by hand, these are the places of this device's.
+    """
+    part, parts = sharding.by_hand("T")
+    devices = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    if not causal or devices == 1:
+        order = jnp.arange(tokens, dtype=jnp.int32) + part * tokens
+    else:
+        order = jnp.asarray(zigzag(devices, tokens * parts), jnp.int32)
+        if parts > 1:
+            order = jax.lax.dynamic_slice_in_dim(order, part * tokens, tokens)
+    return order[None].repeat(rows, 0)
 
 
 def sinusoidal(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:

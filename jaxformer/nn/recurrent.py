@@ -141,7 +141,7 @@ class LSTMStack(nnx.Module):
         finals = []
         for number, (layer, layer_key) in enumerate(zip(self.layers.values(), keys, strict=True)):
             if number:
-                x = dropout(x, self.dropout, layer_key)
+                x = dropout(x, self.dropout, layer_key, axes="T B D")
             x, final = layer(x, real)
             finals.append(final)
         return jnp.swapaxes(x, 0, 1), jax.tree.map(lambda *leaves: jnp.stack(leaves), *finals)
