@@ -157,17 +157,9 @@ def _linear_cross_entropy(
         )
         return (jax.lax.psum(found.objective, sharding.axes_in(tokens)), *found[1:])
 
-    found = jax.shard_map(
-        run,
-        in_specs=(
-            PartitionSpec(*tokens, None),
-            PartitionSpec(*split.values()),
-            tokens,
-            tokens,
-        ),
-        out_specs=(PartitionSpec(), tokens, tokens, tokens),
-        axis_names=set(sharding.free_axes(mesh)),
-    )(x, w, targets, weights)
+    of_x, of_w = PartitionSpec(*tokens, None), PartitionSpec(*split.values())
+    in_specs, out_specs = (of_x, of_w, tokens, tokens), (PartitionSpec(), tokens, tokens, tokens)
+    found = sharding.on_each_device(run, mesh, in_specs, out_specs)(x, w, targets, weights)
     return CrossEntropy(*found)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import itertools
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -205,6 +205,15 @@ def spec(letters: str, shape: Sequence[int], mesh: AbstractMesh | Mesh) -> Parti
         parts = math.prod(mesh.shape[axis] for axis in wanted)
         entries.append(wanted if wanted and size % parts == 0 else None)
     return PartitionSpec(*entries)
+
+
+def on_each_device(
+    function: Callable[..., Any], mesh: AbstractMesh, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """The function, run by every device of the active mesh on its parts of the arguments."""
+    # Over axes of one device too: a Pallas kernel may stand where no axis is left to the compiler.
+    axes = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=axes)
 
 
 def axes_in(spec: Iterable[Any]) -> tuple[str, ...]:

@@ -68,9 +68,6 @@ def _look_up(
         found = jnp.where(known[..., None], table[jnp.where(known, local, 0)], 0)
         return jax.lax.psum(found.astype(dtype), by_vocabulary)
 
-    return jax.shard_map(
-        run,
-        in_specs=(PartitionSpec(by_vocabulary, by_width), places),
-        out_specs=PartitionSpec(*places, None),
-        axis_names=set(sharding.free_axes(mesh)),
-    )(table, tokens)
+    split = PartitionSpec(by_vocabulary, by_width)
+    found = PartitionSpec(*places, None)
+    return sharding.on_each_device(run, mesh, (split, places), found)(table, tokens)

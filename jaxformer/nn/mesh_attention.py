@@ -80,12 +80,8 @@ def attend(
             options,
         )
 
-    return jax.shard_map(
-        run,
-        in_specs=(splits, PartitionSpec()),
-        out_specs=splits["q"],
-        axis_names=set(free),
-    )(arrays, dropout)
+    in_specs = (splits, PartitionSpec())
+    return sharding.on_each_device(run, mesh, in_specs, splits["q"])(arrays, dropout)
 
 
 def _on_device(
