@@ -96,10 +96,9 @@ def _forward(options, q, k, v, sinks, mask):
         walk = _stretches(options, mask, q, k)
         out, lse = _walk(options, walk, visit, nothing, (k, v, mask.kv_segment_ids))
     if sinks is not None:
-        sees = lse != -jnp.inf
+        # One more part, the value of which is 0: rows that saw nothing still have output 0.
         sink = jnp.broadcast_to(sinks.astype(lse.dtype)[:, None], lse.shape)
         out, lse = _merge(out, lse, jnp.zeros_like(out), sink)
-        lse = jnp.where(sees, lse, -jnp.inf)
     out = out.astype(q.dtype)
     return out, (q, k, v, sinks, mask, out, lse)
 
@@ -151,8 +150,7 @@ def _sink_gradient(sinks, out, lse, out_gradient):
     """[N]: a sink is a key whose value is 0."""
     if sinks is None:
         return None
-    seen = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-    probability = jnp.exp(sinks.astype(lse.dtype)[:, None] - seen)
+    probability = jnp.exp(sinks.astype(lse.dtype)[:, None] - lse)
     delta = jnp.sum(out.astype(lse.dtype) * out_gradient.astype(lse.dtype), axis=-1)
     return -jnp.einsum("bnt,btn->n", probability, delta, precision="highest").astype(sinks.dtype)
 

@@ -78,3 +78,15 @@ def test_which_heads_all_to_all_can_deal_out(N, K, C, possible):
 def test_without_position_any_lengths_will_do():
     assert trace(T=6, S=10, mask=Mask()).shape == (1, 6, 4, 8)
     assert trace(T=6, S=10, mask=Mask(), method="all_to_all").shape == (1, 6, 4, 8)
+
+
+@pytest.mark.parametrize("method", ["ring", "all_to_all"])
+def test_operands_may_be_the_same_on_every_device(method):
+    """As constants made inside are, of which `check_vma` knows it."""
+
+    @functools.partial(jax.shard_map, mesh=ring_mesh(4), in_specs=(), out_specs=OURS)
+    def call():
+        x = jnp.ones((1, 4, 4, 8))
+        return context_attention(x, x, x, axis_name="context", mask=CAUSAL, method=method)
+
+    assert jax.eval_shape(call).shape == (1, 16, 4, 8)

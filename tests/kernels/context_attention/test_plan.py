@@ -59,6 +59,7 @@ def areas(step):
 def test_zigzag_gives_every_device_as_much_at_each_step(C):
     for step, _ in plan.stretches(True, None, "zigzag", C, 8, 8):
         assert len(areas(step)) == 1
+        assert all(len(parts) == 1 for parts in step.alternatives)
     assert any(
         len(areas(step)) > 1 for step, _ in plan.stretches(True, None, "contiguous", C, 8, 8)
     )
