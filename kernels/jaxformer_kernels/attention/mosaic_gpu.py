@@ -36,20 +36,10 @@ def mosaic_gpu(q, k, v, bias, sinks, mask, dropout, scale, softcap):
 
     Arguments and results are those of `reference`.
     """
-    from jaxformer_kernels.attention import mosaic_gpu_sm90_tiles
-
-    T, S, Hv = q.shape[1], *v.shape[1::2]
-    has_bias = bias is not None
+    T, Hv = q.shape[1], v.shape[3]
+    rate = 0.0 if dropout is None else dropout.rate
+    options = _options(T, k.shape[1], scale, softcap, rate, bias_gradient=bias is not None)
     bias, mask = _mask_array_as_bias(bias, mask, q.dtype)
-    options = mosaic_gpu_sm90_tiles.Options(
-        T=T,
-        S=S,
-        scale=scale,
-        softcap=softcap,
-        rate=0.0 if dropout is None else dropout.rate,
-        bias_gradient=has_bias,
-        interpret=_compat.gpu_interpreter(dispatch.interpreter()),
-    )
     seed = None if dropout is None else dropout.seed()
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     q, k, v = (_pad(x) for x in (q, k, v))
@@ -58,8 +48,36 @@ def mosaic_gpu(q, k, v, bias, sinks, mask, dropout, scale, softcap):
     return out[:, :T, :, :Hv], lse[:, :, :T]
 
 
+def gradients(q, k, v, mask, out, lse, out_gradient, scale, softcap):
+    """The backward pass of a part of the keys; arguments and results are those of `part`'s."""
+    options = _options(q.shape[1], k.shape[1], scale, softcap)
+    shapes = [x.shape for x in (q, k, v)]
+    q, k, v, out, out_gradient = (_pad(x) for x in (q, k, v, out, out_gradient))
+    lse = pad_last(lse, _LENGTH, -jnp.inf)
+    residuals = (q, k, v, None, None, mask, None, out, lse)
+    found = _backward(options, residuals, (out_gradient, jnp.zeros_like(lse)))
+    return tuple(x[:, :T, :, :H] for x, (_, T, _, H) in zip(found, shapes, strict=False))
+
+
+def _options(T, S, scale, softcap, rate=0.0, bias_gradient=False):
+    from jaxformer_kernels.attention import mosaic_gpu_sm90_tiles
+
+    return mosaic_gpu_sm90_tiles.Options(
+        T=T,
+        S=S,
+        scale=scale,
+        softcap=softcap,
+        rate=rate,
+        bias_gradient=bias_gradient,
+        interpret=_compat.gpu_interpreter(dispatch.interpreter()),
+    )
+
+
 IMPLEMENTATION = dispatch.Implementation(
-    run=mosaic_gpu, supports=FEATURES - {"float64"}, limits=lambda call: tuple(_limits(call))
+    run=mosaic_gpu,
+    supports=FEATURES - {"float64"},
+    limits=lambda call: tuple(_limits(call)),
+    gradients=gradients,
 )
 
 

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxformer_kernels import Dropout, Mask, attention, compiling_for
+from jaxformer_kernels.attention import part
 from jaxformer_kernels.attention.mosaic_gpu_sm90_blocks import (
     SHARED_BYTES,
     choose,
@@ -122,6 +123,46 @@ def test_float16_errs_at_most_twice_as_much_as_plain_float16():
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_model_errs_at_most_twice_as_much_as_plain_bfloat16(name):
     check(*shape_call(SHAPES[name].scaled(length=140, heads=2, head_dim=64)))
+
+
+@in_interpreter
+def test_gradients_through_parts_of_the_keys_add_up_to_the_whole_ones():
+    """Given the whole row's output and log-sum-exp, as in ring attention; lengths are ragged."""
+    operands, options = CALLS["softcap_sinks_key_range_odd_head_dim"]()
+    q, k, v, sinks = cast(operands, jnp.bfloat16).values()
+    mask = Mask(q_segment_ids=packed(0, 1, 70), kv_segment_ids=packed(1, 1, 90))
+    options = {**options, "mask": mask}
+
+    def found(run, dtype):
+        def outputs(q, k, v):
+            return run(q, k, v, sinks=sinks, **options, return_lse=True)
+
+        out, pull, lse = jax.vjp(outputs, *(x.astype(dtype) for x in (q, k, v)), has_aux=True)
+        return out, lse, dict(zip(("dq", "dk", "dv"), pull(jnp.cos(out)), strict=True))
+
+    out, lse, want = found(functools.partial(attention, implementation="reference"), jnp.float32)
+    with racing_gpu():
+        parts = [
+            part.gradients(
+                q,
+                k[:, keys],
+                v[:, keys],
+                out.astype(q.dtype),
+                lse,
+                jnp.cos(out).astype(q.dtype),
+                mask=mask.cut((0, 70), (keys.start, keys.stop - keys.start)),
+                softcap=options["softcap"],
+                scale=q.shape[3] ** -0.5,
+                implementation="mosaic_gpu",
+            )
+            for keys in (slice(0, 50), slice(50, 90))
+        ]
+        (dq, dk, dv), (dq_more, *more) = jax.block_until_ready(parts)
+    got = {"dq": dq.astype(jnp.float32) + dq_more}
+    got["dk"], got["dv"] = (jnp.concatenate(x, axis=1) for x in zip((dk, dv), more, strict=True))
+    want = {name: np.asarray(x) for name, x in want.items()}
+    for name, allowed in errors(found(plain, jnp.bfloat16)[2], want).items():
+        assert errors(got, want)[name] <= 3 * allowed + 1e-6, name
 
 
 @in_interpreter
