@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jaxformer.nn.parameters import parameter
+from jaxformer_kernels import _compat
 
 
 class LayerNorm(nnx.Module):
@@ -48,7 +49,6 @@ class RMSNorm(nnx.Module):
         return normalise(x, self.scale[...], None, self.epsilon, False)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalise(
     x: Float[Array, "*P D"],
     scale: Float[Array, "D"],
@@ -61,6 +61,11 @@ def normalise(
     In float32 within, and x's dtype again. The backward pass keeps x and two numbers a row, where
     derivatives by rule would keep several arrays as large as x in float32.
     """
+    return _normalised(*_compat.vary_alike(x, scale, bias), epsilon, centred)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _normalised(x, scale, bias, epsilon, centred):
     return _normalise(x, scale, bias, epsilon, centred)[0]
 
 
@@ -91,7 +96,7 @@ def _normalise_backward(epsilon, centred, saved, cotangent):
     return (dx * factor).astype(x.dtype), dscale, dbias
 
 
-normalise.defvjp(_normalise, _normalise_backward)
+_normalised.defvjp(_normalise, _normalise_backward)
 
 
 class BatchNorm(nnx.Module):

@@ -4,9 +4,8 @@ jit: arrays are placed by the rules of `jaxformer.sharding` and the compiler div
 shard_map, pmap: every device runs the step on its rows, and the step sums over the devices.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +119,8 @@ class Parallel:
         """
         if not self.manual_axes:
             return jax.jit(self.on_mesh(step), donate_argnums=0)
-        run = self._pmapped(step) if self.config.mode == "pmap" else self._shard_mapped(step)
+        pmap = self.config.mode == "pmap"
+        run = self._pmapped(step) if pmap else self.on_mesh(self._shard_mapped(step))
 
         def divided(state: TrainState, batch: Arrays) -> Any:
             # A device's rows are its share of every micro-batch, as they are under jit.
@@ -159,15 +159,11 @@ class Parallel:
             return function
 
         def traced(*arguments: Any) -> Any:
-            with self._known():
+            mesh = jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+            with mesh, sharding.context_by(self.config.context):
                 return function(*arguments)
 
         return traced
-
-    @contextlib.contextmanager
-    def _known(self) -> Iterator[None]:
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            yield
 
     def _batch_spec(self, array: Any) -> PartitionSpec:
         context = self.mesh.shape["context"] > 1 and array.ndim > 1
