@@ -56,8 +56,11 @@ def _look_up(
     by_vocabulary, by_width = sharding.parameter_spec(axes, table.shape, mesh)
     if by_width not in sharding.axes_in(places):
         by_width = None
+    summed = tuple(axis for axis in sharding.axes_in(places) if axis != by_width)
 
     def run(table: Array, tokens: Array) -> Array:
+        # First, so that the transpose sums what is scattered already.
+        table = jax.lax.pcast(table, summed, to="varying")
         if by_width is not None:
             table = jax.lax.all_gather(table, by_width, axis=1, tiled=True)
         if by_vocabulary is None:

@@ -3,13 +3,13 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxformer import sharding
@@ -22,53 +22,65 @@ from jaxformer_kernels import dispatch
 _FEW_ROWS = 128
 
 
+class Spread(NamedTuple):
+    """How the devices that multiply together, inside `jax.shard_map`, have rows and kernel."""
+
+    gathered: int | None
+    """The axis of the kernel that fsdp divides, and the product needs whole."""
+    summed: tuple[str, ...]
+    """The axes of the mesh that divide the rows, but not the kernel."""
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def matmul(
-    x: Float[Array, "*rows inner"],
+    x: Float[Array, "rows inner"],
     w: Float[Array, "_ _"],
     dtype: str,
     transposed: bool = False,
-    split: PartitionSpec | None = None,
-) -> Float[Array, "*rows columns"]:
+    spread: Spread | None = None,
+) -> Float[Array, "rows columns"]:
     """x @ w, or x @ w.T where `transposed`; operands in `dtype`, sums in float32, in both passes.
 
     The result has the dtype of x. Without a rule of its own the backward pass would multiply a
-    float32 cotangent by a narrow operand, which no matrix unit does. `split` says how w is divided
-    over the active mesh: each product gathers it over fsdp, and its gradient is divided likewise.
+    float32 cotangent by a narrow operand, which no matrix unit does; and what fsdp divides would
+    not travel in `dtype`, and its gradient in w's own.
     """
-    whole = _gathered(w, dtype, split)
-    return _product(x, whole, dtype, contract=(x.ndim - 1, 1 if transposed else 0)).astype(x.dtype)
+    whole = _gathered(w, dtype, spread)
+    return _product(x, whole, dtype, contract=(1, 1 if transposed else 0)).astype(x.dtype)
 
 
-def _matmul_forward(x, w, dtype, transposed, split):
+def _matmul_forward(x, w, dtype, transposed, spread):
     # What the product read is what the backward pass reads: half the bytes of float32.
     narrow = _narrowed(x, dtype)
-    whole = _gathered(w, dtype, split)
-    y = _product(narrow, whole, dtype, contract=(x.ndim - 1, 1 if transposed else 0))
-    # Not w as it was gathered: of all layers at once that would be all parameters on every device.
-    return y.astype(x.dtype), (narrow, w, jnp.zeros((0,), x.dtype))
+    whole = _gathered(w, dtype, spread)
+    y = _product(narrow, whole, dtype, contract=(1, 1 if transposed else 0)).astype(x.dtype)
+    # Not w as it was gathered: of all layers at once that would be the model on every device.
+    return y, (narrow, w, jnp.zeros((0,), x.dtype))
 
 
-def _matmul_backward(dtype, transposed, split, saved, cotangent):
+def _matmul_backward(dtype, transposed, spread, saved, cotangent):
     x, w, like = saved
     cotangent = _narrowed(cotangent, dtype)
-    whole = _gathered(w, dtype, split)
-    dx = _product(cotangent, whole, dtype, contract=(x.ndim - 1, 0 if transposed else 1))
+    whole = _gathered(w, dtype, spread)
+    dx = _product(cotangent, whole, dtype, contract=(1, 0 if transposed else 1))
     left, right = (cotangent, x) if transposed else (x, cotangent)
-    dw = _over_rows(left, right, dtype).astype(w.dtype)
-    return dx.astype(like.dtype), dw if split is None else _placed(dw, split)
+    dw = _scattered(_over_rows(left, right, dtype), spread)
+    return dx.astype(like.dtype), dw.astype(w.dtype)
 
 
-def _gathered(w: Array, dtype: str, split: PartitionSpec | None) -> Array:
-    """w in the dtype of operands, whole but for what tensor divides."""
-    if split is None:
+def _gathered(w: Array, dtype: str, spread: Spread | None) -> Array:
+    if spread is None or spread.gathered is None:
         return w
-    kept = PartitionSpec(*(None if axis == "fsdp" else axis for axis in split))
-    # Narrow before it travels.
-    return _placed(_placed(w.astype(dtype), split), kept)
+    return jax.lax.all_gather(w.astype(dtype), "fsdp", axis=spread.gathered, tiled=True)
 
 
-_placed = jax.lax.with_sharding_constraint
+def _scattered(dw: Array, spread: Spread | None) -> Array:
+    """The sum of all devices' gradients of w, and of that the part that is this device's."""
+    if spread is None:
+        return dw
+    if spread.gathered is not None:
+        dw = jax.lax.psum_scatter(dw, "fsdp", scatter_dimension=spread.gathered, tiled=True)
+    return jax.lax.psum(dw, spread.summed) if spread.summed else dw
 
 
 def _narrowed(x: Array, dtype: str) -> Array:
@@ -79,15 +91,14 @@ def _narrowed(x: Array, dtype: str) -> Array:
 
 
 def _over_rows(left: Array, right: Array, dtype: str) -> Array:
-    """left.T @ right, of all rows.
+    """left.T @ right.
 
     A CPU multiplies faster with the narrower of the two on the left, the transpose of the result
     included (0.8 of the time at 2048 rows of 1536 and 384); and bfloat16 only where it need not
     sum over rows on both sides.
     """
-    if dispatch.platform() != "cpu" or left.ndim > 2:
-        rows = tuple(range(left.ndim - 1))
-        return _product(left, right, dtype, contract=(rows, rows))
+    if dispatch.platform() != "cpu":
+        return _product(left, right, dtype, contract=(0, 0))
     if left.shape[1] > right.shape[1]:
         # Apart, lest XLA turn the operands again and not the result.
         return jax.lax.optimization_barrier(_over_rows(right, left, dtype)).T
@@ -107,9 +118,8 @@ def project(
     return matmul(rows, w, dtype).reshape(*x.shape[:-1], -1)
 
 
-def _product(a: Array, b: Array, dtype: str, contract: tuple[Any, Any]) -> Array:
-    of_a, of_b = (axes if isinstance(axes, tuple) else (axes,) for axes in contract)
-    dimensions = ((of_a, of_b), ((), ()))
+def _product(a: Array, b: Array, dtype: str, contract: tuple[int, int]) -> Array:
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
     a, b = a.astype(dtype), b.astype(dtype)
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
@@ -159,57 +169,103 @@ class Linear(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        rows, batch = self.rows(x)
-        y = matmul(rows, self.matrix(), self.compute_dtype, False, self.split())
-        return self.finish(y, batch)
+        return together((self,), x)[0]
 
-    def rows(self, x: Float[Array, "..."]) -> tuple[Float[Array, "*rows inner"], tuple[int, ...]]:
-        """x with its batch axes as one, in the dtype of activations, and the sizes of those.
-
-        Where a mesh divides tokens, the batch axes stay: as one it could not divide them.
-        """
+    def rows(self, x: Float[Array, "..."]) -> tuple[Float[Array, "rows inner"], tuple[int, ...]]:
+        """x with its batch axes as one, in the dtype of activations, and the sizes of those."""
         batch = x.shape[: x.ndim - len(self.inputs)]
         # One 2-D product: on CPU a batched product of the same sizes runs far slower.
-        apart = batch if sharding.divides("context") else (-1,)
-        rows = x.reshape(*apart, math.prod(self.inputs))
+        rows = x.reshape(-1, math.prod(x.shape[len(batch) :]))
         return rows.astype(activation_dtype(self.compute_dtype)), batch
 
     def matrix(self) -> Float[Array, "inner columns"]:
         """The kernel, with its input axes as one and its output axes as one."""
         return self.kernel[...].reshape(math.prod(self.inputs), -1)
 
-    def split(self) -> PartitionSpec | None:
-        """How the active mesh, if there is one, divides `matrix`."""
-        mesh = sharding.active()
-        if mesh is None:
-            return None
-        inputs, outputs = self.axes
-        spec = sharding.parameter_spec(inputs + outputs, self.inputs + self.outputs, mesh)
-        # Axes that become one are divided by the first of them: heads, not what is in a head.
-        return PartitionSpec(spec[0], spec[len(inputs)])
-
-    def finish(
-        self, y: Float[Array, "*rows columns"], batch: tuple[int, ...]
-    ) -> Float[Array, "..."]:
+    def finish(self, y: Float[Array, "... columns"], batch: tuple[int, ...]) -> Float[Array, "..."]:
         """A product of `rows` and `matrix`, with the bias and its axes."""
         if self.bias is not None:
             y = y + self.bias[...].reshape(-1).astype(y.dtype)
-        letters = ("B", "T", *["_"] * len(batch))[: len(batch)] + self.axes[1]
-        return sharding.constrain(y.reshape(*batch, *self.outputs), " ".join(letters))
+        return y.reshape(*batch, *self.outputs)
 
 
 def together(layers: Sequence[Linear], x: Float[Array, "..."]) -> list[Float[Array, "..."]]:
     """What each of the layers makes of the same x.
 
     On a CPU as one product with their kernels side by side: three small ones keep its cores less
-    busy than one large one. Elsewhere, and on a mesh, one by one: side by side, kernels that are
-    spread over devices by heads would have to be gathered.
+    busy than one large one. Elsewhere one by one: side by side, kernels that are spread over
+    devices by heads would have to be gathered.
     """
+    if sharding.active() is not None:
+        return _on_mesh(layers, x)
     rows, batch = layers[0].rows(x)
-    side_by_side = dispatch.platform() == "cpu" and sharding.active() is None
-    if not side_by_side or len(layers) == 1 or rows.shape[0] <= _FEW_ROWS:
-        return [layer(x) for layer in layers]
-    kernels = [layer.matrix() for layer in layers]
-    product = matmul(rows, jnp.concatenate(kernels, axis=1), layers[0].compute_dtype)
-    parts = jnp.split(product, np.cumsum([w.shape[1] for w in kernels])[:-1].tolist(), axis=1)
-    return [layer.finish(y, batch) for layer, y in zip(layers, parts, strict=True)]
+    if dispatch.platform() != "cpu" or len(layers) == 1 or rows.shape[0] <= _FEW_ROWS:
+        products = [matmul(rows, layer.matrix(), layer.compute_dtype) for layer in layers]
+    else:
+        kernels = [layer.matrix() for layer in layers]
+        product = matmul(rows, jnp.concatenate(kernels, axis=1), layers[0].compute_dtype)
+        ends = np.cumsum([w.shape[1] for w in kernels])[:-1].tolist()
+        products = jnp.split(product, ends, axis=1)
+    return [layer.finish(y, batch) for layer, y in zip(layers, products, strict=True)]
+
+
+def _on_mesh(layers: Sequence[Linear], x: Float[Array, "..."]) -> list[Float[Array, "..."]]:
+    """`together` on the active mesh, by hand: every device multiplies what it has of the rows.
+
+    Kernels are gathered over fsdp, one layer at a time and in the dtype of operands, and their
+    gradients scattered; over tensor they stay split (Shoeybi et al. 2019, arXiv:1909.08053), and of
+    all layers' gradients of x there is one sum.
+    """
+    mesh = sharding.active()
+    assert mesh is not None
+    tensor, inputs = mesh.shape["tensor"], len(layers[0].inputs)
+    batch = x.shape[: x.ndim - inputs]
+    letters = ["B", "T", *["_"] * len(batch)][: len(batch)]
+    rows = tuple(sharding.spec(" ".join(letters), batch, mesh))
+    splits = [_split(layer, rows, mesh) for layer in layers]
+    of_x = PartitionSpec(*rows, *_tensor_alone(splits[0][:inputs]))
+    of_y = [PartitionSpec(*rows, *_tensor_alone(split[inputs:])) for split in splits]
+    by_columns = any("tensor" in split[inputs:] for split in splits)
+
+    def run(x: Array, kernels: list[Array]) -> list[Array]:
+        flat = varied = layers[0].rows(x)[0]
+        if by_columns:
+            # Once for all layers: the transpose is the sum over tensor of their gradients.
+            varied = jax.lax.pcast(flat, "tensor", to="varying")
+        products = []
+        for layer, split, w in zip(layers, splits, kernels, strict=True):
+            spread = Spread(
+                gathered=None if "fsdp" not in split else int("fsdp" in split[inputs:]),
+                summed=tuple(axis for axis in sharding.axes_in(rows) if axis not in split),
+            )
+            factor = varied if "tensor" in split[inputs:] else flat
+            matrix = w.reshape(math.prod(w.shape[:inputs]), -1)
+            y = matmul(factor, matrix, layer.compute_dtype, False, spread)
+            if "tensor" in split[:inputs]:
+                y = jax.lax.psum(y, "tensor")
+            parts = (tensor if axis == "tensor" else 1 for axis in split[inputs:])
+            outputs = (n // part for n, part in zip(layer.outputs, parts, strict=True))
+            products.append(y.reshape(*x.shape[: len(batch)], *outputs))
+        return products
+
+    in_specs = (of_x, [PartitionSpec(*split) for split in splits])
+    kernels = [layer.kernel[...] for layer in layers]
+    products = sharding.on_each_device(run, mesh, in_specs, of_y)(x, kernels)
+    return [
+        y if layer.bias is None else y + layer.bias[...].astype(y.dtype)
+        for layer, y in zip(layers, products, strict=True)
+    ]
+
+
+def _split(layer: Linear, rows: Sequence[Any], mesh: AbstractMesh) -> tuple[str | None, ...]:
+    """The mesh axis that divides each axis of the kernel; fsdp only where it divides rows too."""
+    inputs, outputs = layer.axes
+    sizes = layer.inputs + layer.outputs
+    split = tuple(sharding.parameter_spec(inputs + outputs, sizes, mesh))
+    # What becomes one axis of a matrix is gathered by the first.
+    gathered = "fsdp" in sharding.axes_in(rows) and "fsdp" in (split[0], split[len(inputs)])
+    return split if gathered else _tensor_alone(split)
+
+
+def _tensor_alone(split: Sequence[str | None]) -> tuple[str | None, ...]:
+    return tuple(axis if axis == "tensor" else None for axis in split)
