@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxformer import sharding
 from jaxformer.nn.parameters import fan_in_normal, parameter
 from jaxformer.nn.precision import activation_dtype
-from jaxformer_kernels import dispatch
+from jaxformer_kernels import _compat, dispatch
 
 # A step of decoding has a row a hypothesis: putting kernels side by side would take it longer than
 # the products, which take little longer than to read the kernels.
@@ -31,7 +31,6 @@ class Spread(NamedTuple):
     """The axes of the mesh that divide the rows, but not the kernel."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def matmul(
     x: Float[Array, "rows inner"],
     w: Float[Array, "_ _"],
@@ -45,6 +44,13 @@ def matmul(
     float32 cotangent by a narrow operand, which no matrix unit does; and what fsdp divides would
     not travel in `dtype`, and its gradient in w's own.
     """
+    if spread is None:
+        x, w = _compat.vary_alike(x, w)
+    return _matmul(x, w, dtype, transposed, spread)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _matmul(x, w, dtype, transposed, spread):
     whole = _gathered(w, dtype, spread)
     return _product(x, whole, dtype, contract=(1, 1 if transposed else 0)).astype(x.dtype)
 
@@ -107,7 +113,7 @@ def _over_rows(left: Array, right: Array, dtype: str) -> Array:
     return _product(_turned(left), right, dtype, contract=(1, 0))
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def project(
