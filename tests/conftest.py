@@ -1,13 +1,23 @@
-"""What every test runs under: CPU, eight devices, checked shapes, compiled code kept on disk."""
+"""What every test runs under: CPU, eight devices, checked shapes, compiled code kept on disk.
 
+JAXFORMER_TEST_PLATFORM=gpu is for `pytest -m mosaic_gpu` on a Hopper GPU: kernels run on the chip.
+"""
+
+import importlib.util
 import os
 from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+ON_GPU = os.environ.get("JAXFORMER_TEST_PLATFORM") == "gpu"
 
 # In the environment rather than in jax.config, so that the programs a test starts inherit them.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if ON_GPU:
+    # What kernels are held to is computed there too, and by default a float32 product is TF32.
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+else:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -16,7 +26,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # optimiser, so here it does little. JAX_DISABLE_MOST_OPTIMIZATIONS=0 has it do what users get, as
 # .ci/run does on the newest jax. The fusion emitters, which take the better part of a compilation,
 # can be left out of jax 0.10 alone: a flag that XLA does not know ends the process.
-QUICK = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
+QUICK = not ON_GPU and os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
 FLAGS = os.environ.get("XLA_FLAGS", "")
 if QUICK and version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_cpu_use_fusion_emitters=false"
@@ -35,10 +45,14 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # XLA reads its flags once, here; the programs that a test starts are compiled as users' are.
 jax.config.update("jax_disable_most_optimizations", QUICK)
 jax.devices()
+if ON_GPU and jax.default_backend() != "gpu":
+    pytest.exit(f"JAXFORMER_TEST_PLATFORM=gpu, but jax runs on {jax.default_backend()}", 3)
 os.environ["XLA_FLAGS"] = FLAGS
 
 # Shape and dtype annotations are checked in tests only, and only in modules imported after this.
-jaxtyping.install_import_hook(["jaxformer", "jaxformer_kernels"], "beartype.beartype")
+# A GPU machine has what was brought along: there the kernels, which have no annotations, count.
+if not ON_GPU or importlib.util.find_spec("beartype"):
+    jaxtyping.install_import_hook(["jaxformer", "jaxformer_kernels"], "beartype.beartype")
 
 # Compilation makes the first example slow, so no deadline; a build must not be red by luck.
 hypothesis.settings.register_profile(
@@ -56,6 +70,8 @@ def compiled_as_here():
 def pytest_collection_modifyitems(items):
     """Skip what cannot run here, saying so: kernels in the Mosaic GPU interpreter."""
     reason = None
+    if ON_GPU:
+        return
     if jax.__version_info__ < (0, 11, 2):
         reason = f"the Mosaic GPU interpreter needs jax >= 0.11.2, this is {jax.__version__}"
     elif int(os.environ.get("NPROC", "0")) < 8:

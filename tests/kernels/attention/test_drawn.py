@@ -1,5 +1,6 @@
 """Shapes and masks that hypothesis draws, and the Hopper kernels on every two features."""
 
+import contextlib
 import functools
 
 import jax
@@ -88,7 +89,8 @@ def check_hopper(operands, options):
     want = compiled(reference, options)(cast(operands, jnp.float32))
     want = {name: np.asarray(x) for name, x in want.items()}
     hopper = functools.partial(attention, implementation="mosaic_gpu")
-    with interpreting():
+    on_gpu = jax.default_backend() == "gpu"
+    with contextlib.nullcontext() if on_gpu else interpreting():
         got = jax.block_until_ready(compiled(hopper, options)(operands))
     np.testing.assert_array_equal(np.isinf(got["lse"]), np.isinf(want["lse"]))
     allowed = errors(compiled(plain, options)(operands), want)
