@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import resource
+import selectors
 import subprocess
 import sys
 import time
@@ -28,6 +29,10 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 class ContestError(RuntimeError):
     """A contender's process ended early; the message holds the end of what it said."""
+
+
+class HungError(ContestError):
+    """A contender did not answer in time; it has been killed."""
 
 
 class TakesTurns(Protocol):
@@ -65,29 +70,49 @@ class Contender:
         *,
         env: Mapping[str, str] | None = None,
         python: str = sys.executable,
+        log: Path | None = None,
+        timeout: float | None = None,
     ):
-        self.target = target
+        """Starts it.
+
+        Args:
+            target, options: the function and its keyword arguments.
+            env: variables besides those of this process.
+            python: the interpreter.
+            log: file that what the process says is added to; else it goes where ours goes.
+            timeout: seconds for getting ready and, where `turn` is given no others, for a turn.
+        """
+        self.target, self.timeout = target, timeout
         started = time.perf_counter()
         paths = [str(_ROOT), str(_ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             [python, "-m", "benchmarks.contest", target, json.dumps(dict(options))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=None if log is None else log.open("a"),
             text=True,
             cwd=_ROOT,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | dict(env or {}),
         )
-        self.facts = self._answer()
+        self.facts = self._answer(timeout)
         self.facts["ready_s"] = round(time.perf_counter() - started, 3)
 
     def turn(self, **arguments: Any) -> tuple[float, dict[str, Any]]:
         """(seconds, facts) of one turn; the arguments are what the contender's `turn` takes."""
-        answer = self._ask(f"turn {json.dumps(arguments)}")
+        return self.turn_within(self.timeout, **arguments)
+
+    def turn_within(self, timeout: float | None, **arguments: Any) -> tuple[float, dict[str, Any]]:
+        """`turn`, but a contender that takes longer is killed.
+
+        Raises:
+            HungError: it took longer.
+        """
+        answer = self._ask(f"turn {json.dumps(arguments)}", timeout)
         return answer["seconds"], answer["facts"]
 
     def stop(self) -> dict[str, Any]:
         """Ends the process. Returns its `peak_mib` of resident memory."""
-        answer = self._ask("stop")
+        answer = self._ask("stop", self.timeout)
         self._process.wait(timeout=60)
         return answer
 
@@ -96,17 +121,22 @@ class Contender:
         self._process.kill()
         self._process.wait()
 
-    def _ask(self, what: str) -> dict[str, Any]:
+    def _ask(self, what: str, timeout: float | None) -> dict[str, Any]:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(what + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass
-        return self._answer()
+        return self._answer(timeout)
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self, timeout: float | None) -> dict[str, Any]:
         assert self._process.stdout is not None
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(self._process.stdout, selectors.EVENT_READ)
+            if not waiting.select(timeout):
+                self.kill()
+                raise HungError(f"{self.target} did not answer in {timeout:g} s; it was killed")
         line = self._process.stdout.readline()
         if not line:
             raise ContestError(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from benchmarks import kernel_shapes
 from jaxformer_kernels import Mask, attention, ctc_loss
 from jaxformer_kernels.attention import api as attention_api
+from jaxformer_kernels.attention.dropout import keep
 from jaxformer_kernels.ctc import api as ctc_api
 from jaxformer_kernels.decode_attention import api as decode_api
 from jaxformer_kernels.linear_cross_entropy import api as projection_api
@@ -139,7 +140,7 @@ def _one_group(shape):
     return part
 
 
-def plain_attention(q, k, v, *, mask, bias=None, sinks=None, softcap=None):
+def plain_attention(q, k, v, *, mask, bias=None, sinks=None, softcap=None, dropout=None):
     """Attention as one writes it first, every step in the dtype of the operands."""
     heads = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, heads, axis=2), jnp.repeat(v, heads, axis=2)
@@ -153,6 +154,9 @@ def plain_attention(q, k, v, *, mask, bias=None, sinks=None, softcap=None):
         sink = jnp.broadcast_to(sinks[None, :, None, None], (*x.shape[:-1], 1))
         x = jnp.concatenate([x, sink], axis=-1)
     p = jax.nn.softmax(x, axis=-1)[..., : k.shape[1]]
+    if dropout is not None:
+        kept = keep(dropout.seed(), dropout.rate, *jnp.ix_(*map(jnp.arange, p.shape)))
+        p = jnp.where(kept, p / (1 - dropout.rate), 0)
     return jnp.einsum("bnts,bsnh->btnh", p, v), jax.nn.logsumexp(x, axis=-1)
 
 
