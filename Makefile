@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lessons bench bench-full lint format types aot-tpu aot-h100 kernel-table test-mosaic-gpu lock clean .venv
+.PHONY: help train test lessons bench bench-full lint format types aot-tpu aot-h100 plan-check kernel-table test-mosaic-gpu lock clean .venv
 
 help: ## list what make can do
 	@grep -hE '^[a-z0-9.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -77,7 +77,7 @@ make_env = test -n "$(PYTHON_312)" || { \
 	$(MAKE) --no-print-directory .venv PYTHON="$(PYTHON_312)" VENV=$(1) LOCK=$(2) ARGS=
 
 # Each in an environment of its own, of Python 3.12: jax with the TPU's compiler, and the jax whose
-# Mosaic GPU interpreter is complete, with NVIDIA's assembler. Neither needs the hardware.
+# Mosaic GPU interpreter is complete, with NVIDIA's compiler. Neither needs the hardware.
 aot-tpu: ## compile every kernel for v5e, v5p and v6e, without a TPU (ARGS=--small)
 	@$(call make_env,.venv-aot-tpu,requirements-aot-tpu.lock)
 	@PYTHONPATH=.:kernels .venv-aot-tpu/bin/python -m benchmarks.aot tpu $(ARGS)
@@ -85,6 +85,12 @@ aot-tpu: ## compile every kernel for v5e, v5p and v6e, without a TPU (ARGS=--sma
 aot-h100: ## compile every kernel to sm_90a machine code, without a GPU (ARGS=--small)
 	@$(call make_env,.venv-aot-h100,requirements-aot-h100.lock)
 	@PYTHONPATH=.:kernels .venv-aot-h100/bin/python -m benchmarks.aot h100 $(ARGS)
+
+plan-check: ## plan a small training step with the compilers of TPU and H100, without either
+	@$(call make_env,.venv-aot-tpu,requirements-aot-tpu.lock)
+	@.venv-aot-tpu/bin/python -m pytest -q -n 0 tests/plan/test_compilers.py $(ARGS)
+	@$(call make_env,.venv-aot-h100,requirements-aot-h100.lock)
+	@.venv-aot-h100/bin/python -m pytest -q -n 0 tests/plan/test_compilers.py $(ARGS)
 
 test-mosaic-gpu: ## run the Mosaic GPU kernels in their interpreter
 	@$(call make_env,.venv-aot-h100,requirements-aot-h100.lock)
@@ -105,7 +111,8 @@ lock: ## resolve pyproject.toml anew into the lock files
 	@uv=$$(command -v uv) || uv=.cache/uv/bin/uv; for group in aot-tpu aot-h100; do \
 		$$uv pip compile --quiet --no-config --upgrade --group $$group --python-version 3.12 \
 			--python-platform x86_64-manylinux_2_31 --generate-hashes --no-annotate \
-			--custom-compile-command "make lock" --output-file requirements-$$group.lock; \
+			--custom-compile-command "make lock" --output-file requirements-$$group.lock \
+			pyproject.toml; \
 	done
 	@for file in requirements*.lock; do echo "$$file: $$(grep -c '^[a-z0-9]' $$file) pinned packages"; done
 

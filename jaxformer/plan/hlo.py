@@ -255,7 +255,7 @@ def _sent(kind: str, result: int, group: int) -> float:
     others = (group - 1) / group
     return {
         "all-gather": result * others,
-        "reduce-scatter": result * (group - 1),
+        "reduce-scatter": float(result * (group - 1)),
         "all-reduce": 2 * result * others,
         "all-to-all": result * others,
     }.get(kind, float(result))

@@ -157,7 +157,7 @@ def _proposed(plan: dict[str, Any]) -> list[tuple[str, str]]:
     return [("to fit", f"none of {tried} changes was enough (remat, accumulation, fsdp): {advice}")]
 
 
-def _size(size: float | None) -> str:
+def _size(size: float | int | None) -> str:
     """Bytes in the unit that says most."""
     if size is None:
         return "?"

@@ -39,5 +39,5 @@ def config() -> Config:
             learning_rate=3e-4, warmup_steps=2000, b2=0.95, epsilon=1e-5, weight_decay=0.1
         ),
         train=TrainConfig(steps=500_000, batch_size=1024),
-        eval=EvalConfig(every=1000, batch_size=64, max_batches=16),
+        eval=EvalConfig(every=1000, batch_size=1024, max_batches=1),
     )
