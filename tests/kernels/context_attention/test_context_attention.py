@@ -80,7 +80,7 @@ def test_inside_a_larger_mesh(method, check_vma, axis_names):
         axis_names=axis_names,
         method=method,
     )
-    check(run, "everything")
+    check(run, "cross")
 
 
 @pytest.mark.parametrize("method", ["ring", "all_to_all"])
@@ -115,10 +115,11 @@ def small_tiles(monkeypatch):
         monkeypatch.setattr(mosaic_tpu_tiles, name, value)
 
 
-@pytest.mark.parametrize("method", ["ring", "all_to_all"])
-def test_tpu_kernels_in_their_interpreter(method, small_tiles):
+def test_tpu_kernels_in_their_interpreter(small_tiles):
+    # Not contiguous: the interpreter has devices wait for one another at every kernel, and there
+    # one of them has none to run.
     with interpreting():
-        check(split(2, method=method, implementation="mosaic_tpu"), "packed")
+        check(split(2, "zigzag", implementation="mosaic_tpu"), "packed")
 
 
 def test_the_backward_pass_keeps_to_the_interpreter_of_the_forward_pass(small_tiles):
