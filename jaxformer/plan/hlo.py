@@ -232,8 +232,9 @@ def _kind(instruction: _Instruction, computation: str) -> str | None:
 def _result(instruction: _Instruction) -> int:
     """Bytes that a collective leaves on a device."""
     parts = _parts(instruction.shape)
-    if instruction.opcode in ("all-gather-start", "collective-permute-start") and len(parts) > 1:
-        return shape_bytes(parts[1])  # operand, result, and what the hardware waits on
+    # All others that start and end are of operand, result, and what the hardware waits on.
+    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
+        return shape_bytes(parts[min(1, len(parts) - 1)])
     return shape_bytes(instruction.shape)
 
 

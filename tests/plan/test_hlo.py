@@ -88,6 +88,18 @@ def test_bytes_of_a_shape(shape, size):
             256 * 15 / 16,
         ),
         (
+            "%g = ((f32[64]{0}), f32[4]{0}) reduce-scatter-start(%p), replica_groups=[1,16]<=[16]",
+            "reduce-scatter",
+            16,
+            16 * 15,
+        ),
+        (
+            "%g = (f32[16]{0}, f32[48]{0}) all-reduce-start(%p, %q), replica_groups=[2,8]<=[16]",
+            "all-reduce",
+            8,
+            2 * 256 * 7 / 8,
+        ),
+        (
             "%g = (f32[64]{0}, f32[64]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p)"
             ", source_target_pairs={{0,1},{1,0}}",
             "collective-permute",
