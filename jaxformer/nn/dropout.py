@@ -29,7 +29,7 @@ def dropout(
 
 def _places(shape: tuple[int, ...], axes: str) -> UInt32[Array, "..."]:
     """The number of every element, in row-major order, in the array that this is a part of."""
-    # Axis by axis: of one long iota, a mesh that divides two axes could only compute all.
+    # Axis by axis, for any of them may be divided.
     letters = (*axes.split(), *[""] * len(shape))[: len(shape)]
     count, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis, letter in reversed(list(enumerate(letters))):

@@ -31,9 +31,10 @@ def operands(transposed, ties=False):
     x, w = random.normal(size=(B, T, D)), random.normal(size=(D, V))
     if ties:
         x, w = np.eye(D)[random.integers(0, D, (B, T))], random.integers(0, 2, (D, V))
-    labels = np.where(
-        random.random((B, T)) < 0.5, (x @ w).argmax(-1), random.integers(0, V, (B, T))
-    )
+    # The likeliest of all, or the likeliest of the second part alone.
+    logits = x @ w
+    of_part = V // 2 + logits[..., V // 2 :].argmax(-1)
+    labels = np.where(random.random((B, T)) < 0.5, logits.argmax(-1), of_part)
     labels[0, 0] = V  # unknown, and of weight 0
     weights = random.random((B, T))
     weights[0, 0] = 0
