@@ -165,6 +165,13 @@ def test_where_nothing_fits_the_state_is_named(plan, monkeypatch):
     assert "parameters, optimiser and gradients alone are 128 GiB" in said
 
 
+def test_what_the_compiler_found_no_room_for_does_not_fit(plan, monkeypatch):
+    answer = {"outcome": "too_large", "why": "no room", "needed": 9.0, "available": 10.0}
+    monkeypatch.setattr(command, "ask", lambda request: dict(answer))
+    found = json.loads(plan(*LLAMA, "--mesh.fsdp=256", "--no-propose", "--json"))
+    assert (found["fits"], found["needed"], found["available"]) == (False, 9.0, 10.0)
+
+
 def test_a_refusal_is_one_line(plan, monkeypatch):
     pretend(monkeypatch, lambda config: 0, outcome="refused")
     assert "not compiled: because" in plan(*LLAMA, "--mesh.fsdp=256")

@@ -48,6 +48,15 @@ def test_the_bound_is_the_largest_of_three():
     assert found.mfu(1e15) == pytest.approx(FLOPS.total / 64 / 1e15 / 100)
 
 
+@pytest.mark.parametrize(("remat", "passes"), [("none", 2), ("dots", 2), ("full", 3)])
+def test_parameters_are_read_once_a_pass_and_micro_batch(remat, passes):
+    model = dataclasses.replace(CONFIG.model, remat=remat)
+    train = dataclasses.replace(CONFIG.train, accumulation=4)
+    config = dataclasses.replace(CONFIG, model=model, train=train)
+    nothing = Memory(0, 0, 0, 0, 0)
+    assert bound(config, H100, 8, FLOPS, nothing, 50, []).moved == 4 * passes * 50
+
+
 def test_full_remat_leaves_three_quarters_of_the_peak_at_most():
     found = bound(CONFIG, TPUS["v5p"], 64, FLOPS, MEMORY, 50, [])
     assert found.limit == "compute"

@@ -132,6 +132,19 @@ def test_a_sum_that_keeps_a_share_is_a_reduce_scatter():
     assert only(read) == Collective("reduce-scatter", 16, 1, 16.0 * 15)
 
 
+def test_what_is_wrapped_to_run_aside_counts_once():
+    wrapped = (
+        "%aside (x: f32[64]) -> f32[64] {\n"
+        "  %x = f32[64]{0} parameter(0)\n"
+        "  ROOT %r = f32[64]{0} all-gather(%x), replica_groups=[1,16]<=[16], dimensions={0}\n}"
+    )
+    pair = (
+        "%s = ((f32[64]{0}), f32[64]{0}, s32[]) async-start(%p), calls=%aside\n"
+        "%d = f32[64]{0} async-done(%s), calls=%aside"
+    )
+    assert only(program(pair, wrapped)).count == 1
+
+
 BODY = textwrap.dedent("""\
     %body (c: (s32[], f32[64])) -> (s32[], f32[64]) {
       %c = (s32[], f32[64]{0}) parameter(0)
