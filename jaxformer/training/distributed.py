@@ -200,12 +200,6 @@ def _end_at_once(
     fail(1)
 
 
-def barrier(name: str) -> None:
-    """Waits until all processes have come to this place."""
-    if several():
-        multihost_utils.sync_global_devices(name)
-
-
 def from_main(make: Callable[[], Any]) -> Any:
     """What `make()` returns in process 0, a small JSON value, in every process.
 
