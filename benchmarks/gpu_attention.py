@@ -30,7 +30,7 @@ def rows(settings: Settings, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
         )
         facts["ceilings"] = peaks
         for case in table()[8:9] if settings.dry else table():
-            if settings.only not in case.name:
+            if not settings.wants(case.name):
                 continue
             run = case.tiny() if settings.dry else case
             if settings.left <= 0:

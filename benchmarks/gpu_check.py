@@ -59,11 +59,11 @@ def rows(settings: Settings, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
         running = [
             pool.submit(_group, name, cases, settings)
             for name, cases in groups.items()
-            if settings.only in name
+            if settings.wants(name)
         ]
         for done in as_completed(running):
             yield from done.result()
-    if not settings.dry and settings.only in "pytest":
+    if not settings.dry and settings.wants("pytest"):
         yield _pytest(settings, facts)
 
 

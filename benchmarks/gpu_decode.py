@@ -55,7 +55,7 @@ def rows(settings: Settings, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
         names += [(torch_process, name) for name in others] if not settings.dry else []
         for shape in shapes()[: 1 if settings.dry else None]:
             name = " ".join(f"{key}{value}" for key, value in shape.items())
-            if settings.only not in name:
+            if not settings.wants(name):
                 continue
             if settings.left <= 0:
                 facts.setdefault("left_out", []).append(name)

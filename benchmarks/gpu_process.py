@@ -32,7 +32,7 @@ class Settings:
         output: folder of records and logs.
         deadline: `time.monotonic()` at which a part begins nothing new.
         dry: tiny sizes on the CPU, with `xla` in place of the GPU's kernels.
-        only: text that the names of cases must hold.
+        only: texts, with commas between, of which the name of a case must hold one.
         turns: of every contender.
         repeats: reruns that must be bitwise equal.
     """
@@ -53,6 +53,10 @@ class Settings:
     def kernel(self) -> str:
         """The implementation under test."""
         return "xla" if self.dry else "mosaic_gpu"
+
+    def wants(self, name: str) -> bool:
+        """Whether a case of this name is to run."""
+        return any(text in name for text in self.only.split(","))
 
     def within(self, seconds: float) -> float:
         """So many seconds, or what is left, but enough to say something."""

@@ -14,7 +14,7 @@ def rows(settings: Settings, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
     facts["repeats"] = settings.repeats
     with Process("benchmarks.gpu_rerun", settings) as process:
         for case in RERUNS[-1:] if settings.dry else RERUNS:
-            if settings.only not in case.name:
+            if not settings.wants(case.name):
                 continue
             run = case.tiny() if settings.dry else case
             row = {"case": case.name, "run": run.short()}

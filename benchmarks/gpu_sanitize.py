@@ -34,7 +34,7 @@ def rows(settings: Settings, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
             return
     for check in TOOLS[:1] if settings.dry else TOOLS:
         for op in PROGRAMS:
-            if settings.only not in f"{check} {op}":
+            if not settings.wants(f"{check} {op}"):
                 continue
             row = {"tool": check, "op": op}
             if settings.left <= 0:

@@ -163,7 +163,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget-seconds", type=float, default=BUDGET, help="for all parts (default %(default)g)"
     )
-    parser.add_argument("--only", default="", help="cases with this in their name")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="cases with this in their name, or one of these: a,b,c",
+    )
     parser.add_argument("--turns", type=int, default=7, help="of every contender")
     parser.add_argument("--repeats", type=int, default=100, help="reruns of `rerun`")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of records and logs")

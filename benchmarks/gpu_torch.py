@@ -24,12 +24,26 @@ def seconds_a_call(run: Callable[[], Any], calls: int) -> float:
     """Seconds of the device for one of `calls` calls that are queued at once."""
     import torch
 
-    torch.cuda.synchronize()
+    _wait(torch)
     start = time.perf_counter()
     for _ in range(calls):
         run()
-    torch.cuda.synchronize()
+    _wait(torch)
     return (time.perf_counter() - start) / calls
+
+
+def _device(torch) -> str:
+    """A GPU, or the CPU for a try without one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _wait(torch) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak(torch) -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def _calls_a_turn(run: Callable[[], Any]) -> int:
@@ -52,9 +66,10 @@ def _prepare(state, case, gradients, contender, dry) -> dict[str, Any]:
     leaves = [x.detach().requires_grad_(gradients) for x in (q, k, v)]
     try:
         attend, chosen = _BY[contender](torch, made)
-        torch.cuda.synchronize()
+        _wait(torch)
         before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
         def run():
             with chosen():
@@ -69,8 +84,8 @@ def _prepare(state, case, gradients, contender, dry) -> dict[str, Any]:
         return {"refused": str(refusal)[:160]}
     except RuntimeError as failure:
         return {"refused": " ".join(str(failure).split())[:160]}
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+    _wait(torch)
+    peak = _peak(torch) - before
     kept = sum(x.numel() * x.element_size() for x in found)
     errors = _errors(torch, made, state["given"], found)
     del found
@@ -86,7 +101,7 @@ def _operands(torch, case: Case) -> tuple:
 
     def draw(heads, length):
         # As models have them: [B, T, N, H] in memory.
-        x = torch.randn(case.B, length, heads, case.H, device="cuda")
+        x = torch.randn(case.B, length, heads, case.H, device=_device(torch))
         return x.to(getattr(torch, case.dtype)).transpose(1, 2)
 
     return (
@@ -122,7 +137,7 @@ def _flex(torch, case: Case):
     from torch.nn.attention import flex_attention as flex
 
     segments = case.segments()
-    ids = None if segments is None else torch.from_numpy(segments).cuda()
+    ids = None if segments is None else torch.from_numpy(segments).to(_device(torch))
 
     def visible(b, h, query, key):
         seen = query >= key if case.causal else query >= 0
@@ -175,7 +190,7 @@ def _errors(torch, case: Case, given: tuple, found: tuple) -> dict[str, Any]:
     want = (out, *torch.autograd.grad(out, leaves, cotangent)) if len(found) > 1 else (out,)
     names = ("out", "dq", "dk", "dv")[: len(want)]
     errors = {
-        name: float((x[:1, : y.shape[1]].float() - y).abs().max())
+        name: float((x[:1, : y.shape[1]].float() - y).detach().abs().max())
         for name, x, y in zip(names, found, want, strict=True)
     }
     name = max(errors, key=lambda name: errors[name])
@@ -183,14 +198,14 @@ def _errors(torch, case: Case, given: tuple, found: tuple) -> dict[str, Any]:
 
 
 def _hidden(torch, case: Case):
-    query = torch.arange(case.T, device="cuda")[:, None] + case.offset
-    key = torch.arange(case.keys, device="cuda")[None]
+    query = torch.arange(case.T, device=_device(torch))[:, None] + case.offset
+    key = torch.arange(case.keys, device=_device(torch))[None]
     hidden = query < key if case.causal else None
     if case.window is not None:
         hidden = hidden | (query - key > case.window)
     segments = case.segments()
     if segments is not None:
-        ids = torch.from_numpy(segments).cuda()
+        ids = torch.from_numpy(segments).to(_device(torch))
         hidden = hidden | (ids[:, None] != ids[None])
     return hidden
 

@@ -19,7 +19,7 @@ from benchmarks.train_shapes import Shape
 from jaxformer.config import ModelConfig
 
 READY_SECONDS = 300.0
-TURN_SECONDS = 60.0
+TURN_SECONDS = 90.0
 STEPS_A_TURN = 5
 DOCUMENTS = 5
 FORMULA = "6 a matrix element and token, 12 N H a visible query and key of a layer (causal: half)"
@@ -93,7 +93,7 @@ def rows(settings: Settings, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
     facts["ceilings"] = peaks
     for name in SHAPES:
         for contender, module, options in contenders(settings):
-            if settings.only not in f"{name} {contender}":
+            if not settings.wants(f"{name} {contender}"):
                 continue
             row = {"model": name, "contender": contender}
             if settings.left <= 0:

@@ -5,8 +5,6 @@ from typing import Any
 
 from benchmarks import gpu_trainer
 
-# torch loads this in a process of its own; nothing else here may.
-
 
 def answer(state: dict[str, Any], do: str, **arguments: Any) -> dict[str, Any]:
     """In the child: "prepare", "turn" or "profile"."""
@@ -69,11 +67,13 @@ def _prepare(state, name, batch, dry) -> dict[str, Any]:
 
     state |= {"step": step, "wait": torch.cuda.synchronize if device == "cuda" else lambda: None}
     first = _steps(state, 1)
+    loss = float(state["loss"])
+    # What torch.compile does late, and the moments of the optimiser.
     _steps(state, 2)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     return {
         "parameters": sum(value.numel() for value in parameters),
-        "loss": float(state["loss"]),
+        "loss": loss,
         "first_step_s": round(first, 2),
         "memory_gib": round(peak / 2**30, 2),
     }
