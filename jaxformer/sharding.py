@@ -149,11 +149,15 @@ def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarr
 def active() -> AbstractMesh | None:
     """The mesh of `jax.set_mesh`, as far as the compiler divides the work over it.
 
-    None where there is none, or every axis is of size 1 or divided by hand already, inside
-    `jax.shard_map`.
+    None where there is none, every axis is of size 1 or divided by hand already, inside
+    `jax.shard_map`, or it is not one of `make_mesh`: the axes of others mean what others say.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh if free_axes(mesh) else None
+    return mesh if _ours(mesh) and free_axes(mesh) else None
+
+
+def _ours(mesh: AbstractMesh) -> bool:
+    return set(AXES) <= set(mesh.axis_names)
 
 
 def free_axes(mesh: AbstractMesh | Mesh) -> tuple[str, ...]:
@@ -164,13 +168,18 @@ def free_axes(mesh: AbstractMesh | Mesh) -> tuple[str, ...]:
 
 def divides(axis: str) -> bool:
     """Whether the active mesh divides arrays over this axis."""
-    return axis in free_axes(jax.sharding.get_abstract_mesh())
+    mesh = active()
+    return mesh is not None and axis in free_axes(mesh)
 
 
 def manual_axes() -> tuple[str, ...]:
-    """The axes of more than one device that are divided by hand here."""
+    """The axes of AXES and more than one device that are divided by hand here.
+
+    A mesh that is not one of `make_mesh`, such as that of `jax.pmap`, can only divide rows.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return tuple(axis for axis in mesh.manual_axes if mesh.shape[axis] > 1)
+    known = AXES if _ours(mesh) else BATCH
+    return tuple(axis for axis in known if axis in mesh.manual_axes and mesh.shape[axis] > 1)
 
 
 def device_index(axes: Sequence[str]) -> Any:

@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from jaxformer import sharding
 from jaxformer.config import MeshConfig, ModelConfig
-from jaxformer.models import abstract
+from jaxformer.models import abstract, build
 from jaxformer.nn import parameter_axes, pure
 
 P = PartitionSpec
@@ -147,3 +147,19 @@ def test_the_table_names_every_parameter_with_its_split_and_share():
     table = {name: rest for name, *rest in rows}
     assert table["embedding.table"] == ["V=24 D=32", "V: tensor, D: fsdp", "1/8"]
     assert table["decoder.norm.scale"] == ["D=32", "whole", "1/1"]
+
+
+@needs_eight
+@pytest.mark.parametrize("names", [("x",), ("data",), ("context",), ("tensor",)])
+def test_a_model_takes_no_part_in_a_mesh_of_other_make(names):
+    """A user's own axes mean what the user says, whatever they are called."""
+    config = ModelConfig(kind="decoder", layers=1, width=16, heads=2, max_length=8)
+    apply, params = pure(build(config, vocabulary=12))
+    tokens = jnp.arange(32).reshape(4, 8) % 12
+    want = jax.jit(apply)(params, tokens)
+    mesh = jax.make_mesh((4,), names, axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        assert sharding.active() is None
+        np.testing.assert_allclose(jax.jit(apply)(params, tokens), want, rtol=1e-5, atol=1e-6)
+    rows = jax.shard_map(apply, mesh=mesh, in_specs=(P(), P(*names)), out_specs=P(*names))
+    np.testing.assert_allclose(jax.jit(rows)(params, tokens), want, rtol=1e-5, atol=1e-6)

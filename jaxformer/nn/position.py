@@ -20,10 +20,10 @@ def token_places(rows: int, tokens: int, *, causal: bool) -> Int[Array, "B T"]:
     `jaxformer_kernels.zigzag`. Where it does so by hand, these are the places of this device's.
     """
     part, parts = sharding.by_hand("T")
-    devices = jax.sharding.get_abstract_mesh().shape.get("context", 1)
-    if not causal or devices == 1:
+    if not causal or not (parts > 1 or sharding.divides("context")):
         order = jnp.arange(tokens, dtype=jnp.int32) + part * tokens
     else:
+        devices = jax.sharding.get_abstract_mesh().shape["context"]
         order = jnp.asarray(zigzag(devices, tokens * parts), jnp.int32)
         if parts > 1:
             order = jax.lax.dynamic_slice_in_dim(order, part * tokens, tokens)
