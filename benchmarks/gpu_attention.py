@@ -81,7 +81,7 @@ class _Race:
             )  # fmt: skip
         for _ in range(self._settings.turns):
             for process, name in names:
-                if {"failed", "hung", "refused"} & set(facts[name]):
+                if {"failed", "hung", "cut_off", "refused"} & set(facts[name]):
                     continue
                 answer = self._ask(process, TURN_SECONDS, do="turn", contender=name)
                 if "seconds" in answer:

@@ -82,7 +82,7 @@ def _group(name: str, cases: list[tuple[str, dict]], settings: Settings) -> list
                 continue
             arguments = call | {"kernel": settings.kernel, "group": name, "dry": settings.dry}
             answer = process.ask(settings.within(CASE_SECONDS), **arguments)
-            verdict = next((key for key in ("hung", "failed") if key in answer), None)
+            verdict = next((key for key in ("hung", "failed", "cut_off") if key in answer), None)
             found.append(row | ({"verdict": verdict} if verdict else {}) | answer)
     return found
 

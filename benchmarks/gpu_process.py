@@ -83,7 +83,10 @@ class Process:
         self._here = serve(module)[0] if settings.dry else None
 
     def ask(self, seconds: float, **arguments: Any) -> dict[str, Any]:
-        """What `answer` of the module returns; or {"hung": why} or {"failed": why}."""
+        """What `answer` of the module returns; or {"hung": why}, {"failed": why}, {"cut_off": why}.
+
+        Cut off is who might have answered, had the part's time not been over.
+        """
         if self._here is not None:
             return self._here(**arguments)
         try:
@@ -91,7 +94,7 @@ class Process:
             _, facts = child.turn_within(seconds, **arguments)
         except contest.HungError as error:
             self._child = None
-            return {"hung": str(error)}
+            return {"cut_off" if self._settings.left <= 0 else "hung": str(error)}
         except contest.ContestError as error:
             self._child = None
             return {"failed": f"{error}: see {self._log.name}"}

@@ -27,7 +27,7 @@ def rows(settings: Settings, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 kernel=settings.kernel,
                 repeats=settings.repeats,
             )
-            verdict = next((key for key in ("hung", "failed") if key in answer), None)
+            verdict = next((key for key in ("hung", "failed", "cut_off") if key in answer), None)
             yield row | ({"verdict": verdict} if verdict else {}) | answer
 
 

@@ -117,6 +117,9 @@ def test_a_child_that_hangs_is_killed_and_the_next_case_is_answered(tmp_path, mo
         assert process.ask(60, nap=0.01)["asked"] == 3
         assert "killed" in process.ask(0.5, nap=60)["hung"]
         assert process.ask(60, nap=0.01)["asked"] == 1
+    over = gpu_process.Settings(tmp_path, deadline=-np.inf)
+    with gpu_process.Process("sleeper", over) as process:
+        assert "cut_off" in process.ask(0.5, nap=60)
 
 
 def test_a_part_whose_time_is_over_begins_nothing(tmp_path):
