@@ -78,10 +78,14 @@ class Planner:
         )
         answer = ask(request)
         available = answer.pop("available", self.available)
-        needed = answer.pop("needed", answer.get("allotted", {}).get("total"))
+        # A TPU's compiler refuses what has no room: what it compiles fits, and needs its peak.
+        gate = self.topology.platform == "tpu"
+        needed = answer.pop("needed", answer.get("allotted", {}).get("peak" if gate else "total"))
         fits = None if available is None or needed is None else needed <= available
         if answer["outcome"] == "too_large":
             fits = False
+        elif gate and answer["outcome"] == "ok" and self.options.hbm_gib is None:
+            fits = True
         plan = {
             "topology": self.topology.name,
             "devices": self.topology.devices,

@@ -89,7 +89,11 @@ def _compiled(plan: dict[str, Any], topology: Topology) -> list[tuple[str, str]]
     lines = [
         (
             "allotted",
-            ", ".join(f"{name} {_size(size)}" for name, size in allotted.items() if name != "total")
+            ", ".join(
+                f"{name} {_size(allotted[name])}"
+                for name in ("arguments", "results", "temporaries", "code", "peak")
+                if name in allotted
+            )
             + f" (by the compiler, in {seconds['compile']:.1f} s)",
         )
     ]

@@ -54,7 +54,9 @@ def test_a_step_is_planned_for_eight_devices(plan):
     assert found["outcome"] == "ok"
     assert found["mesh"] == {"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 2}
     assert found["needed"] == found["allotted"]["total"]
-    parts = {name: size for name, size in found["allotted"].items() if name != "total"}
+    parts = {
+        name: size for name, size in found["allotted"].items() if name not in ("total", "peak")
+    }
     assert sum(parts.values()) == found["allotted"]["total"]
     # What goes in is the state and the batch: the account agrees with the compiler.
     account = found["memory"]
@@ -111,7 +113,7 @@ def pretend(monkeypatch, needed, outcome="ok"):
             "memory": dict.fromkeys(names, 1),
             "gathered": 1,
             "seconds": {"trace": 0.1, "compile": 0.2},
-            "allotted": {"arguments": size, "temporaries": 0, "total": size},
+            "allotted": {"arguments": size, "temporaries": 30 * GIB, "total": 0, "peak": size},
             "collectives": [
                 {
                     "kind": "all-gather",
@@ -129,8 +131,9 @@ def pretend(monkeypatch, needed, outcome="ok"):
     return asked
 
 
-LLAMA = ("llama2-7b", "--topology=v5e-256")
 GIB = 2**30
+LIMIT = "--hbm-gib=15.75"  # else what a TPU's compiler compiles fits
+LLAMA = ("llama2-7b", "--topology=v5e-256", LIMIT)
 
 
 def test_a_plan_says_what_fits_how_fast_and_what_is_sent(plan, monkeypatch):
@@ -153,7 +156,7 @@ def test_proposals_stop_at_the_first_that_fits(plan, monkeypatch):
 
 def test_changes_that_leave_the_state_too_large_are_not_compiled(plan, monkeypatch):
     asked = pretend(monkeypatch, lambda config: 100 * GIB if config.mesh.fsdp < 8 else GIB)
-    said = plan("llama2-70b", "--topology=v5p-128", "--mesh.fsdp=1", "--model.remat=full")
+    said = plan("llama2-70b", "--topology=v5p-128", "--mesh.fsdp=1", "--hbm-gib=95.73")
     # 16 bytes of each of 69 billion parameters: 1028 GiB, and a chip has 95.73.
     assert [config.mesh.fsdp for config in asked] == [1, 16]
     assert "to fit, add: --mesh.data 4 --mesh.fsdp 16" in said
@@ -161,7 +164,7 @@ def test_changes_that_leave_the_state_too_large_are_not_compiled(plan, monkeypat
 
 def test_where_nothing_fits_the_state_is_named(plan, monkeypatch):
     pretend(monkeypatch, lambda config: 100 * GIB)
-    said = plan("llama2-70b", "--topology=v5e-8", "--mesh.fsdp=8")
+    said = plan("llama2-70b", "--topology=v5e-8", "--mesh.fsdp=8", LIMIT)
     assert "parameters, optimiser and gradients alone are 128 GiB" in said
 
 
@@ -170,6 +173,13 @@ def test_what_the_compiler_found_no_room_for_does_not_fit(plan, monkeypatch):
     monkeypatch.setattr(command, "ask", lambda request: dict(answer))
     found = json.loads(plan(*LLAMA, "--mesh.fsdp=256", "--no-propose", "--json"))
     assert (found["fits"], found["needed"], found["available"]) == (False, 9.0, 10.0)
+
+
+def test_what_the_compiler_of_a_tpu_compiles_fits(plan, monkeypatch):
+    pretend(monkeypatch, lambda config: 16 * GIB)  # more than a chip has
+    arguments = ("llama2-7b", "--topology=v5e-256", "--mesh.fsdp=256", "--no-propose", "--json")
+    assert json.loads(plan(*arguments))["fits"] is True
+    assert json.loads(plan(*arguments, LIMIT))["fits"] is False
 
 
 def test_a_refusal_is_one_line(plan, monkeypatch):
