@@ -90,7 +90,7 @@ class _Race:
                     facts[name] |= answer
         mine = next((taken[name] for _, name in names[:1]), [])
         for _, name in names:
-            row = {"contender": name}
+            row: dict[str, Any] = {"contender": name}
             if not taken[name]:
                 yield row | {"note": " ".join(f"{k}: {v}" for k, v in facts[name].items())[:200]}
                 continue

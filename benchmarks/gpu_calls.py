@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ MOST_CALLS = 400
 
 def operands(case: Case, seed: int = 0) -> Arrays:
     """q, k, v, and sinks where there are any; standard normal."""
-    shapes = {"q": (case.B, case.T, case.N, case.H)}
+    shapes: dict[str, tuple[int, ...]] = {"q": (case.B, case.T, case.N, case.H)}
     shapes |= dict.fromkeys("kv", (case.B, case.keys, case.K, case.H))
     if case.sinks:
         shapes["sinks"] = (case.N,)
@@ -119,7 +119,7 @@ def draw_cotangents(case: Case) -> Arrays:
 
 
 @contextlib.contextmanager
-def exactly() -> Iterator[None]:
+def exactly() -> Generator[None]:
     """Products of float32 in float32: by default this chip does them in TF32."""
     with jax.default_matmul_precision("highest"):
         yield
@@ -184,7 +184,7 @@ def calls_a_turn(run: Callable[[], Any]) -> int:
     return int(np.clip(round(SECONDS_A_TURN / estimate), 1, MOST_CALLS))
 
 
-def ceilings(size: int) -> dict[str, float]:
+def ceilings(size: int) -> dict[str, float | None]:
     """TFLOP/s of a large matmul and GB/s of a large copy, on random numbers."""
     reached = {}
     for dtype in ("bfloat16", "float16"):
@@ -207,7 +207,7 @@ def _median(function, *arguments) -> float:
     return float(np.median([seconds_a_call(run, calls) for _ in range(7)]))
 
 
-def memory(compiled: Any) -> dict[str, float]:
+def memory(compiled: Any) -> dict[str, float | None]:
     """MiB of temporaries of a compiled program."""
     sizes = compiled.memory_analysis()
     return {} if sizes is None else {"temporaries_mib": short(sizes.temp_size_in_bytes / 2**20)}

@@ -95,9 +95,10 @@ class Case:
         if segments is not None:
             low = np.maximum(low, np.searchsorted(segments, segments, side="left"))
             high = np.minimum(high, np.searchsorted(segments, segments, side="right"))
-        if not self.kv_range:
+        ranges = self.ranges()
+        if ranges is None:
             return float(self.B * np.maximum(0, high - low).sum())
-        first, end = self.ranges() or ()
+        first, end = ranges
         spans = np.minimum(high, end[:, None]) - np.maximum(low, first[:, None])
         return float(np.maximum(0, spans).sum())
 

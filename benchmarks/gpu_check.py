@@ -134,7 +134,8 @@ def _decode(fields: dict[str, Any], kernel: str, dry: bool) -> dict[str, Any]:
     from jaxformer_kernels.decode_attention.shapes import Shape
 
     window = fields.get("window")
-    shape = Shape(**fields | {"window": None if window is None else tuple(window)})
+    options: dict[str, Any] = fields | {"window": None if window is None else tuple(window)}
+    shape = Shape(**options)
     if dry:
         shape = kernel_shapes.tiny("decode_attention", dataclasses.replace(shape, page_size=None))
     call = kernel_calls.make("decode_attention", shape, "bfloat16", details=True)

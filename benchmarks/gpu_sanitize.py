@@ -40,7 +40,7 @@ def rows(settings: Settings, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
             if settings.left <= 0:
                 yield row | {"verdict": "left out"}
                 continue
-            if settings.dry:
+            if tool is None or settings.dry:
                 _program(op, "xla")
                 yield row | {"verdict": "not looked at (dry)"}
                 continue

@@ -70,7 +70,7 @@ def named(name: str, batch: int, dry: bool) -> Shape:
 def contenders(settings: Settings) -> list[tuple[str, str, dict[str, Any]]]:
     """(name, module, options)."""
     kernel = settings.kernel
-    found = [(f"{kernel}", OURS, {"attention": kernel})]
+    found: list[tuple[str, str, dict[str, Any]]] = [(kernel, OURS, {"attention": kernel})]
     if not settings.dry:
         found += [
             ("torch compile flash", TORCH, {}),

@@ -44,6 +44,8 @@ def _prepare(state, name, batch, dry) -> dict[str, Any]:
         model = torch_models.build(shape)
     optimizer = torch_models.make_optimizer(shape, model, fused=True)
     parameters = list(model.parameters())
+    clip_norm = shape.optimizer.clip_norm
+    assert clip_norm is not None
     forward = model if dry else torch.compile(model)
     tokens = {
         key: torch.from_numpy(value).long().to(device)
@@ -61,7 +63,7 @@ def _prepare(state, name, batch, dry) -> dict[str, Any]:
                 with torch.nn.attention.sdpa_kernel(flash):
                     loss = forward(**tokens)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, shape.optimizer.clip_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
         optimizer.step()
         return loss
 

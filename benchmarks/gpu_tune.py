@@ -113,9 +113,10 @@ def answer(state: dict[str, Any], kernel: str, H: int, blocks, turns: int, dry: 
     made = Blocks(**blocks)
     found: dict[str, Any] = {"right": True}
     for causal in (True, False):
-        key = kernel, H, causal
+        key = f"{kernel} {H} {causal}"
         if key not in state:
-            state.clear()
+            for other in [name for name in state if not name.startswith(f"{kernel} {H} ")]:
+                del state[other]
             state[key] = _prepare(kernel, H, causal, dry)
         case, operands, want = state[key]
         milliseconds, difference = _time(kernel, made, case, operands, want, turns, dry)
