@@ -92,8 +92,8 @@ def render(rows: list[dict]) -> str:
         f"Compiled with `--effort low` ({versions}; {dates}) on two CPU cores that other work kept "
         "busy: with less of it, 7B on v5p-128 took 32 s, and 117 s with `--effort full`. Remat "
         "full, rows of 4,096 tokens, bfloat16 products, float32 parameters and AdamW. Fits: a "
-        "TPU's compiler refuses what does not; for H100, by what it allotted. GiB held: parameters, "
-        "optimiser, gradients and activations from shapes. Times are bounds from peaks; no step "
+        "TPU's compiler refuses what does not; for H100, by what it allotted. GiB held: "
+        "parameters, optimiser, gradients, activations, from shapes. Times are bounds; no step "
         "was run."
     )
     return "\n".join([*lines, "", textwrap.fill(note, 100)])
