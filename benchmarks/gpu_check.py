@@ -6,12 +6,13 @@ at most twice these, thrice with a softcap.
 
 import dataclasses
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +24,8 @@ MODULE = "benchmarks.gpu_check"
 FACTOR, WITH_SOFTCAP = 2, 3
 CASE_SECONDS = 90.0
 PYTEST_SECONDS = 330.0
+MOST_HUNG = 2
+"""Of a group; its rest is then left out, for the time is better spent on the others."""
 TESTS_AT_ONCE = 6
 GROUPS_AT_ONCE = 4
 COLUMNS = ("group", "case", "verdict", "error_of", "error", "plain_error", "run")
@@ -55,14 +58,22 @@ def rows(settings: Settings, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
         ("xla against the reference", {"case": CHECKS["features"][0].tiny().as_json()})
     ]
     at_once = 1 if settings.dry else GROUPS_AT_ONCE
+    found: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     with ThreadPoolExecutor(at_once) as pool:
         running = [
-            pool.submit(_group, name, cases, settings)
+            pool.submit(_group, name, cases, settings, found.put)
             for name, cases in groups.items()
             if settings.wants(name)
         ]
-        for done in as_completed(running):
-            yield from done.result()
+        ended = 0
+        while ended < len(running):
+            row = found.get()
+            if row is None:
+                ended += 1
+            else:
+                yield row
+        for group in running:
+            group.result()
     if not settings.dry and settings.wants("pytest"):
         yield _pytest(settings, facts)
 
@@ -72,19 +83,28 @@ def sized(cases: tuple[Case, ...], settings: Settings) -> list[Case]:
     return [case.tiny() for case in cases[:1]] if settings.dry else list(cases)
 
 
-def _group(name: str, cases: list[tuple[str, dict]], settings: Settings) -> list[dict[str, Any]]:
-    found = []
-    with Process(MODULE, settings) as process:
-        for case, call in cases:
-            row = {"group": name, "case": case}
-            if settings.left <= 0:
-                found.append(row | {"verdict": "left out"})
-                continue
-            arguments = call | {"kernel": settings.kernel, "group": name, "dry": settings.dry}
-            answer = process.ask(settings.within(CASE_SECONDS), **arguments)
-            verdict = next((key for key in ("hung", "failed", "cut_off") if key in answer), None)
-            found.append(row | ({"verdict": verdict} if verdict else {}) | answer)
-    return found
+def _group(
+    name: str,
+    cases: list[tuple[str, dict[str, Any]]],
+    settings: Settings,
+    found: Callable[[dict[str, Any] | None], None],
+) -> None:
+    """Hands on a row for every case of a group, and None at the end."""
+    hung = 0
+    try:
+        with Process(MODULE, settings) as process:
+            for case, call in cases:
+                row = {"group": name, "case": case}
+                if settings.left <= 0 or hung >= MOST_HUNG:
+                    found(row | {"verdict": "left out"})
+                    continue
+                arguments = call | {"kernel": settings.kernel, "group": name, "dry": settings.dry}
+                answer = process.ask(settings.within(CASE_SECONDS), **arguments)
+                verdict = [key for key in ("hung", "failed", "cut_off") if key in answer]
+                hung += "hung" in answer
+                found(row | ({"verdict": verdict[0]} if verdict else {}) | answer)
+    finally:
+        found(None)
 
 
 def answer(state: dict[str, Any], **arguments: Any) -> dict[str, Any]:

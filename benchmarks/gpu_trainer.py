@@ -57,7 +57,7 @@ _LLAMA = ModelConfig(
 SHAPES = {
     "gpt2_124m": Shape(_GPT2, vocabulary=50304, batch=16, length=2048),
     # TinyLlama's, arXiv:2401.02385: 1.1 billion parameters.
-    "llama_1b": Shape(_LLAMA, vocabulary=32000, batch=4, length=2048),
+    "llama_1b": Shape(_LLAMA, vocabulary=32000, batch=8, length=2048),
 }
 
 
