@@ -23,7 +23,7 @@ from rich.console import Console
 
 from benchmarks import measure
 from jaxformer import presets
-from jaxformer.config import CheckpointConfig, Config, EvalConfig
+from jaxformer.config import CheckpointConfig, Config, EvalConfig, MeshConfig
 from jaxformer.data import Data, build_tokenizers, encode_corpus, load_corpus, training_batches
 from jaxformer.errors import JaxformerError
 from jaxformer.runtime import keep_compiled
@@ -137,6 +137,7 @@ def training_row(name: str, config: Config, folder: Path, *, steps: int) -> dict
         train=dataclasses.replace(config.train, steps=steps),
         eval=EvalConfig(every=0, batch_size=32, max_batches=1, final_examples=8),
         checkpoint=CheckpointConfig(every=max(steps // 3, 1)),
+        mesh=MeshConfig(data=1),
     )
     program = _train_program()
     seconds: dict[str, list[float]] = {"waiting": [], "logging": [], "saving": [], "loop": []}
