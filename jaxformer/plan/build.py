@@ -12,8 +12,6 @@ from jax.sharding import (
     Mesh,
     NamedSharding,
     PartitionSpec,
-    Sharding,
-    SingleDeviceSharding,
 )
 
 from jaxformer import models, nn, sharding
@@ -168,14 +166,11 @@ def least_memory(config: Config, sizes: Sizes, devices: int) -> int:
     """Bytes of parameters, optimiser's state and gradients on one device, whatever is compiled."""
     mesh = _any_mesh(config, devices)
     model = make_model(config, sizes)
-    axes, params = nn.parameter_axes(model), nn.pure(model)[1]
-    optimizer = make_optimizer(config.optimizer, config.train.steps, axes)
-    make_state = partial(init_state, optimizer=optimizer, ema=config.train.ema is not None)
-    template = jax.eval_shape(make_state, params, statistics=nn.statistics(model))
+    axes, template = nn.parameter_axes(model), _template(config, model)[1]
     specs = (
-        sharding.parameter_specs(axes, params, mesh)
+        sharding.parameter_specs(axes, template.params, mesh)
         if config.parallel.mode == "jit"
-        else jax.tree.map(lambda leaf: PartitionSpec(), params)
+        else jax.tree.map(lambda leaf: PartitionSpec(), template.params)
     )
     parts = jax.tree.map(
         lambda leaf, spec: (
@@ -186,6 +181,14 @@ def least_memory(config: Config, sizes: Sizes, devices: int) -> int:
     )
     wide = 4 / jnp.dtype(config.model.param_dtype).itemsize
     return sum(jax.tree.leaves(parts)) + round(wide * sum(jax.tree.leaves(parts.params)))
+
+
+def _template(config: Config, model: Any) -> tuple[Any, TrainState]:
+    """The optimiser, and the shapes of the state before the first step."""
+    optimizer = make_optimizer(config.optimizer, config.train.steps, nn.parameter_axes(model))
+    make_state = partial(init_state, optimizer=optimizer, ema=config.train.ema is not None)
+    params, statistics = nn.pure(model)[1], nn.statistics(model)
+    return optimizer, jax.eval_shape(make_state, params, statistics=statistics)
 
 
 def _any_mesh(config: Config, devices: int) -> AbstractMesh:
@@ -202,9 +205,7 @@ def make_step(config: Config, sizes: Sizes, devices: list[Any], platform: str) -
         model = make_model(config, sizes, parallel.manual_axes or None)
         axes = nn.parameter_axes(model)
         apply, params = nn.pure(model)
-        optimizer = make_optimizer(config.optimizer, config.train.steps, axes)
-        make_state = partial(init_state, optimizer=optimizer, ema=config.train.ema is not None)
-        template = jax.eval_shape(make_state, params, statistics=nn.statistics(model))
+        optimizer, template = _template(config, model)
     step = make_train_step(
         apply,
         optimizer,
@@ -215,7 +216,7 @@ def make_step(config: Config, sizes: Sizes, devices: list[Any], platform: str) -
         constrain=parallel.gradient_constraint(params, axes),
     )
     batch = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_place(x, mesh))
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.batch_place(x))
         for name, x in batch_shapes(config, sizes).items()
     }
     return Step(
@@ -249,14 +250,6 @@ def batch_shapes(config: Config, sizes: Sizes) -> dict[str, jax.ShapeDtypeStruct
             else ((*source, sizes.image_height), jnp.float32)
         )
     return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
-
-
-def _place(rows: jax.ShapeDtypeStruct, mesh: Mesh) -> Sharding:
-    """Where a batch's array lies: as activations with its axes do."""
-    if mesh.size == 1:
-        return SingleDeviceSharding(mesh.devices.item())
-    letters = " ".join(("B", "T", "_")[: len(rows.shape)])
-    return NamedSharding(mesh, sharding.spec(letters, rows.shape, mesh))
 
 
 def _micro(batch: dict[str, Any], config: Config) -> dict[str, Any]:

@@ -5,39 +5,17 @@ For planning and for import and export: with its tokenizer of 32,000 it has the 
 was measured.
 """
 
-from jaxformer.config import (
-    Config,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+import dataclasses
+
+from jaxformer.config import Config
+from jaxformer.presets import llama2_7b
 
 
 def config() -> Config:
-    """Pre-norm RMSNorm, rotary positions, SwiGLU, no biases, untied, rows of 4,096 tokens."""
-    return Config(
+    """As 7B, but wider and deeper."""
+    base = llama2_7b.config()
+    return dataclasses.replace(
+        base,
         preset="llama2-13b",
-        data=DataConfig(kind="text", tokenizer="bpe", vocabulary_size=32000, length=4096),
-        model=ModelConfig(
-            kind="decoder",
-            layers=40,
-            width=5120,
-            heads=40,
-            feedforward=13824,
-            norm="rmsnorm",
-            activation="swiglu",
-            bias=False,
-            position="rotary",
-            tied_embeddings=False,
-            max_length=4096,
-            remat="full",
-            compute_dtype="bfloat16",
-        ),
-        optimizer=OptimizerConfig(
-            learning_rate=3e-4, warmup_steps=2000, b2=0.95, epsilon=1e-5, weight_decay=0.1
-        ),
-        train=TrainConfig(steps=500_000, batch_size=1024),
-        eval=EvalConfig(every=1000, batch_size=1024, max_batches=1),
+        model=dataclasses.replace(base.model, layers=40, width=5120, heads=40, feedforward=13824),
     )

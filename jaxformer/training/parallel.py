@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from einops import rearrange
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxformer import sharding
 from jaxformer.config import Config, ConfigError, ParallelConfig
@@ -56,8 +56,7 @@ class Parallel:
         state and the moving average lie where the parameters do.
         """
         if self.alone:
-            single = jax.sharding.SingleDeviceSharding(self.mesh.devices.item())
-            return jax.tree.map(lambda leaf: _shape(leaf, single), template)
+            return jax.tree.map(lambda leaf: _shape(leaf, self._single), template)
         specs = self.parameter_specs(template.params, axes)
         places = state_specs(template, specs)
         return jax.tree.map(
@@ -78,7 +77,7 @@ class Parallel:
         if self.alone:
             return rows
         return {
-            name: _placed(array, NamedSharding(self.mesh, self._batch_spec(array)), self.share)
+            name: _placed(array, self.batch_place(array), self.share)
             for name, array in self.reordered(rows).items()
         }
 
@@ -90,7 +89,7 @@ class Parallel:
             name: jax.ShapeDtypeStruct(
                 (array.shape[0] * self.share[1], *array.shape[1:]),
                 array.dtype,
-                sharding=NamedSharding(self.mesh, self._batch_spec(array)),
+                sharding=self.batch_place(array),
             )
             for name, array in rows.items()
         }
@@ -164,6 +163,14 @@ class Parallel:
                 return function(*arguments)
 
         return traced
+
+    def batch_place(self, array: Any) -> Sharding:
+        """Where an array of a batch, or its shape, lies: rows over BATCH, tokens over context."""
+        return self._single if self.alone else NamedSharding(self.mesh, self._batch_spec(array))
+
+    @property
+    def _single(self) -> Sharding:
+        return SingleDeviceSharding(self.mesh.devices.item())
 
     def _batch_spec(self, array: Any) -> PartitionSpec:
         context = self.mesh.shape["context"] > 1 and array.ndim > 1
@@ -313,7 +320,7 @@ def _shape(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
-def _placed(rows: np.ndarray, place: NamedSharding, share: tuple[int, int]) -> jax.Array:
+def _placed(rows: np.ndarray, place: Sharding, share: tuple[int, int]) -> jax.Array:
     index, count = share
     if jax.process_count() == 1:
         return jax.device_put(rows, place)
