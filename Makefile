@@ -34,9 +34,9 @@ help: ## list what make can do
 train: $(STAMP) ## train the spelling-to-pronunciation model (PRESET=..., ARGS="--train.steps 500")
 	@$(BIN)/python train.py $(PRESET) $(ARGS)
 
-# Neighbouring tests share compiled functions, so a worker keeps a run of them.
+# The tests of a file share runs and compiled functions, so a worker takes whole files.
 test: $(STAMP) ## run the whole test suite (ARGS="-m 'not slow'" for the quick part)
-	@$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Builds whatever VENV names.
 .venv: $(STAMP) ## create the environment, nothing else

@@ -3,6 +3,7 @@
 JAXFORMER_TEST_PLATFORM=gpu is for `pytest -m mosaic_gpu` on a Hopper GPU: kernels run on the chip.
 """
 
+import gc
 import importlib.util
 import os
 from importlib.metadata import version
@@ -25,12 +26,18 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # Compiling is most of what the tests do. They hold our programs to their tolerances, not XLA's
 # optimiser, so here it does little. JAX_DISABLE_MOST_OPTIMIZATIONS=0 has it do what users get, as
 # .ci/run does on the newest jax. The fusion emitters, which take the better part of a compilation,
-# can be left out of jax 0.10 alone: a flag that XLA does not know ends the process.
+# can be left out of jax 0.10 alone: a flag that XLA does not know ends the process. A program is
+# compiled in one piece, too: programs are small, and each worker has one core.
 QUICK = not ON_GPU and os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
 FLAGS = os.environ.get("XLA_FLAGS", "")
 if QUICK and version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = (
+        f"{FLAGS} --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
 FLAGS_HERE = os.environ.get("XLA_FLAGS", "")
+
+# Imports and tracing make much that garbage collection would go through again and again.
+gc.set_threshold(50_000, 20, 50)
 
 import hypothesis
 import jax
@@ -67,8 +74,24 @@ def compiled_as_here():
     return {"XLA_FLAGS": FLAGS_HERE, "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(QUICK))}
 
 
-def pytest_collection_modifyitems(items):
-    """Skip what cannot run here, saying so: kernels in the Mosaic GPU interpreter."""
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Order the tests, and skip what cannot run here."""
+    skip_what_cannot_run(items)
+    if hasattr(config, "workerinput"):
+        # Workers take a file at a time: the long ones first, so that all end together.
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """Look for garbage only among what tests make."""
+    gc.collect()
+    gc.freeze()
+
+
+def skip_what_cannot_run(items):
+    """Kernels in the Mosaic GPU interpreter where there is none, saying so."""
     reason = None
     if ON_GPU:
         return
