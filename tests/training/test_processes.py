@@ -30,6 +30,7 @@ STEPS = 10
 ALIKE = 1e-5
 """What sums in another order may change, relative to the largest number of an array."""
 HEARTBEAT = 10
+FOUR_DEVICES = ("--mesh.data", "2", "--mesh.fsdp", "2")
 
 JOIN = """
 import json, sys, jax
@@ -158,6 +159,17 @@ def train(arguments, compiled_as_here, tmp_path_factory):
     return start
 
 
+@pytest.fixture(scope="module")
+def here(arguments):
+    """here(run, ...): does the run in this one process, on as many devices as its mesh has."""
+
+    def run_here(run, *more, steps=STEPS):
+        config = parse(arguments(run, *more, steps=steps))
+        assert program.train(config, Console(file=io.StringIO())) == 0
+
+    return run_here
+
+
 def finished(processes):
     with processes:
         assert processes.wait() == [0] * len(processes.running), processes.said()
@@ -267,29 +279,30 @@ def test_killed_and_resumed_equals_undisturbed_bitwise(killed, straight, train, 
 
 
 @pytest.mark.slow
-def test_run_goes_on_on_one_device_and_back(killed, straight, train, tmp_path):
+def test_run_goes_on_on_one_device_and_back(killed, straight, here, train, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(killed.run, run)
-    finished(train(run, 1, 1, "--resume", steps=8))
-    finished(train(run, 2, 2, "--mesh.fsdp", "2", "--resume"))
+    here(run, "--mesh.data", "1", "--resume", steps=8)
+    # Back on fewer devices: each parameter lies in both processes.
+    finished(train(run, 2, 1, "--mesh.fsdp", "2", "--resume"))
     assert_alike(run, straight.run)
 
 
 @pytest.mark.slow
-def test_one_process_with_as_many_devices_does_the_same(straight, train, tmp_path):
-    finished(train(tmp_path / "run", 1, 4, "--mesh.fsdp", "2"))
+def test_one_process_with_as_many_devices_does_the_same(straight, here, tmp_path):
+    here(tmp_path / "run", *FOUR_DEVICES)
     assert_alike(tmp_path / "run", straight.run)
 
 
 @pytest.mark.slow
-def test_four_processes_of_which_the_first_is_killed(straight, train, arguments, tmp_path):
+def test_four_processes_of_which_the_first_is_killed(straight, here, train, arguments, tmp_path):
     run = tmp_path / "run"
     options = ("--mesh.fsdp", "2")
     with train(run, 4, 1, *options, at_step=(0, 5, signal.SIGKILL), record=True) as started:
         statuses = started.wait()
         assert statuses[0] == -signal.SIGKILL and 0 not in statuses, started.said()
     assert_batches_of_one_process(arguments, run, 4)
-    finished(train(run, 4, 1, *options, "--resume"))
+    here(run, *FOUR_DEVICES, "--resume")
     assert_alike(run, straight.run)
 
 
