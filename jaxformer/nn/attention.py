@@ -13,6 +13,7 @@ from jaxformer.nn.linear import Linear, together
 from jaxformer.nn.mesh_attention import attend
 from jaxformer.nn.norm import RMSNorm
 from jaxformer.nn.position import rotary
+from jaxformer.nn.precision import activation_dtype
 from jaxformer_kernels import Dropout, Mask, decode_attention
 
 # Measured on a CPU, step by step against `attention`: a layer of fewer elements decodes no slower
@@ -105,17 +106,21 @@ class Attention(nnx.Module):
     def decode(
         self,
         queries: Float[Array, "B T N H"],
-        keys_values: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]],
+        keys_values: tuple[Float[Array, "B _ _ H"], Float[Array, "B _ _ H"]],
         *,
         cache: Cache,
         window: tuple[int | None, int | None] | None,
+        heads_first: bool,
     ) -> Float[Array, "B T D"]:
         """Attends from the next tokens to a layer of the cache that holds their keys already.
 
-        Forward only; what the cache has room for and does not hold costs nothing.
+        That is [B, K, S, H] where `heads_first`, else [B, S, K, H]. Forward only; what a long cache
+        has room for and does not hold costs nothing.
         """
         config = self.config
-        operands = (array.astype(config.compute_dtype) for array in (queries, *keys_values))
+        # What the cache has: to narrow all of it at every step takes longer than to read it.
+        dtype = activation_dtype(config.compute_dtype)
+        operands = (array.astype(dtype) for array in (queries, *keys_values))
         mixed = decode_attention(
             *operands,
             jnp.broadcast_to(cache.index + queries.shape[1], cache.start.shape),
@@ -123,6 +128,7 @@ class Attention(nnx.Module):
             window=window,
             softcap=config.attention_softcap,
             scale=config.attention_scale,
+            heads_first=heads_first,
         )
         return self.out(mixed)
 
@@ -178,7 +184,11 @@ def self_attention(
         keys, values = cache.read(layer)
         # On a mesh the kernel for decoding would have operands gathered that are split.
         plain = bias is None and module.config.attention is None and sharding.active() is None
-        if plain and x.shape[1] <= _FEW_TOKENS and keys.size >= _LARGE_LAYER:
-            return module.decode(queries, (keys, values), cache=cache, window=mask.window), cache
+        own = isinstance(cache.keys, tuple)
+        if plain and x.shape[1] <= _FEW_TOKENS and (own or keys.size >= _LARGE_LAYER):
+            stored = cache.read_heads_first(layer) if own else (keys, values)
+            window = mask.window
+            y = module.decode(queries, stored, cache=cache, window=window, heads_first=own)
+            return y, cache
     y = module(queries, (keys, values), mask=mask, bias=bias, key=key)
     return y, cache

@@ -17,19 +17,20 @@ class Cache:
     Rows of different length are padded on the left: row b's first token stands in slot `start[b]`,
     and every row's next token goes into the same slot `index`, so a write is one slice.
 
-    Layers are stacked along a leading axis L or, where `unrolled`, each has arrays of its own.
+    Layers are stacked along a leading axis L or, where `unrolled`, each has arrays of its own, in
+    which rows and heads are one axis and slots the next: what a CPU reads fastest.
     C counts the sources: one a row, or one for every B / C rows beside each other.
     """
 
-    keys: Float[Array, "L B S K H"] | tuple[Float[Array, "B S K H"], ...]
-    values: Float[Array, "L B S K H"] | tuple[Float[Array, "B S K H"], ...]
+    keys: Float[Array, "L B S K H"] | tuple[Float[Array, "BK S H"], ...]
+    values: Float[Array, "L B S K H"] | tuple[Float[Array, "BK S H"], ...]
     index: Int[Array, ""]
     """The next free slot."""
     start: Int[Array, " B"]
     """The first slot of each row that holds a token."""
-    cross_keys: Float[Array, "L C Z K H"] | tuple[Float[Array, "C Z K H"], ...] | None = None
+    cross_keys: Float[Array, "L C Z K H"] | tuple[Float[Array, "CK Z H"], ...] | None = None
     """Keys of the encoded source, computed once."""
-    cross_values: Float[Array, "L C Z K H"] | tuple[Float[Array, "C Z K H"], ...] | None = None
+    cross_values: Float[Array, "L C Z K H"] | tuple[Float[Array, "CK Z H"], ...] | None = None
     source_segment_ids: Int[Array, "C Z"] | None = None
     """1 where the source has a token, 0 where it is padding."""
 
@@ -61,7 +62,9 @@ class Cache:
         `layer` is a Python number from then on.
         """
         fields = (self.keys, self.values, self.cross_keys, self.cross_values)
-        keys, values, cross_keys, cross_values = (x if x is None else tuple(x) for x in fields)
+        keys, values, cross_keys, cross_values = (
+            x if x is None else tuple(_flat(layer) for layer in x) for x in fields
+        )
         return dataclasses.replace(
             self, keys=keys, values=values, cross_keys=cross_keys, cross_values=cross_values
         )
@@ -73,12 +76,23 @@ class Cache:
 
     def read(self, layer: Int[Array, ""] | int) -> tuple[Array, Array]:
         """Keys and values of one layer, [B, S, K, H]."""
-        return _layer(self.keys, layer), _layer(self.values, layer)
+        rows = self.start.shape[0]
+        return _layer(self.keys, layer, rows), _layer(self.values, layer, rows)
+
+    def read_heads_first(
+        self, layer: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        """`read` of a cache that is unrolled, as it lies in memory."""
+        assert isinstance(layer, int)
+        rows = self.start.shape[0]
+        return _by_rows(self.keys[layer], rows), _by_rows(self.values[layer], rows)
 
     def read_source(self, layer: Int[Array, ""] | int) -> tuple[Array, Array]:
         """Keys and values of the source for one layer, [C, Z, K, H]."""
         assert self.cross_keys is not None and self.cross_values is not None
-        return _layer(self.cross_keys, layer), _layer(self.cross_values, layer)
+        assert self.source_segment_ids is not None
+        rows = self.source_segment_ids.shape[0]
+        return _layer(self.cross_keys, layer, rows), _layer(self.cross_values, layer, rows)
 
     def write(
         self, layer: Int[Array, ""] | int, keys: Float[Array, "B T K H"], values: Array
@@ -100,8 +114,8 @@ class Cache:
         of_source = rows if sources is None else rows // (self.start.shape[0] // sources)
         return dataclasses.replace(
             self.reorder(rows),
-            cross_keys=_gather(self.cross_keys, of_source),
-            cross_values=_gather(self.cross_values, of_source),
+            cross_keys=_gather(self.cross_keys, of_source, sources),
+            cross_values=_gather(self.cross_values, of_source, sources),
             source_segment_ids=_rows(self.source_segment_ids, of_source, 0),
         )
 
@@ -114,28 +128,43 @@ class Cache:
         """`take` where rows change places only with rows of the same source, which stays put."""
         return dataclasses.replace(
             self,
-            keys=_gather(self.keys, rows),
-            values=_gather(self.values, rows),
+            keys=_gather(self.keys, rows, self.start.shape[0]),
+            values=_gather(self.values, rows, self.start.shape[0]),
             start=_rows(self.start, rows, 0),
         )
 
     def _written(self, stored: Any, layer: Int[Array, ""] | int, new: Array) -> Any:
         if isinstance(stored, tuple):
             old = stored[layer]
-            place = (0, self.index, 0, 0)
-            written = jax.lax.dynamic_update_slice(old, new.astype(old.dtype), place)
+            # In the shape that products read: XLA would take a reshape of the cache into the
+            # write, which is then no longer in place.
+            new = _flat(new).astype(old.dtype)
+            written = jax.lax.dynamic_update_slice(old, new, (0, self.index, 0))
             return (*stored[:layer], written, *stored[layer + 1 :])
         place = (layer, 0, self.index, 0, 0)
         return jax.lax.dynamic_update_slice(stored, new[None].astype(stored.dtype), place)
 
 
-def _layer(stored: Any, layer: Int[Array, ""] | int) -> Array:
-    return stored[layer] if isinstance(stored, tuple) else jnp.take(stored, layer, axis=0)
+def _flat(layer: Float[Array, "B S K H"]) -> Float[Array, "BK S H"]:
+    return jnp.swapaxes(layer, 1, 2).reshape(-1, layer.shape[1], layer.shape[3])
 
 
-def _gather(stored: Any, rows: Int[Array, " R"]) -> Any:
+def _by_rows(layer: Float[Array, "BK S H"], rows: int) -> Float[Array, "B K S H"]:
+    return layer.reshape(rows, -1, *layer.shape[1:])
+
+
+def _layer(stored: Any, layer: Int[Array, ""] | int, rows: int) -> Array:
     if isinstance(stored, tuple):
-        return tuple(_rows(layer, rows, 0) for layer in stored)
+        return jnp.swapaxes(_by_rows(stored[layer], rows), 1, 2)
+    return jnp.take(stored, layer, axis=0)
+
+
+def _gather(stored: Any, rows: Int[Array, " R"], of: int | None) -> Any:
+    """`rows` of `of`, of every layer."""
+    if isinstance(stored, tuple):
+        assert of is not None
+        gathered = (_rows(_by_rows(layer, of), rows, 0) for layer in stored)
+        return tuple(layer.reshape(-1, *layer.shape[2:]) for layer in gathered)
     return _rows(stored, rows, 1)
 
 

@@ -27,9 +27,16 @@ def filled(rows=ROWS):
 
 
 def stacked(cache):
-    """The same cache with its layers stacked."""
+    """The same cache with its layers stacked, slots before heads."""
     parts = ("keys", "values", "cross_keys", "cross_values")
-    return dataclasses.replace(cache, **{part: jnp.stack(getattr(cache, part)) for part in parts})
+    sources = cache.source_segment_ids.shape[0]
+
+    def turned(part):
+        rows = sources if "cross" in part else cache.start.shape[0]
+        layers = jnp.stack(getattr(cache, part))
+        return jnp.swapaxes(layers.reshape(LAYERS, rows, -1, *layers.shape[2:]), 2, 3)
+
+    return dataclasses.replace(cache, **{part: turned(part) for part in parts})
 
 
 def assert_same(one, other):
@@ -43,6 +50,9 @@ class TestUnrolled:
         cache = filled()
         unrolled = cache.unrolled()
         assert unrolled.length == cache.length == SLOTS
+        assert unrolled.keys[0].shape == (ROWS * 2, SLOTS, 4)
+        turned = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), unrolled.read_heads_first(1))
+        assert_same(turned, cache.read(1))
         new = -jnp.ones((ROWS, 2, 2, 4))
         assert_same(stacked(unrolled.write(1, new, 2 * new)), cache.write(1, new, 2 * new))
         assert_same(unrolled.read(1), cache.read(1))

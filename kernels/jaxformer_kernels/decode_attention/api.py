@@ -34,6 +34,7 @@ def decode_attention(
     sinks=None,
     scale=None,
     page_table=None,
+    heads_first: bool = False,
     return_lse: bool = False,
     implementation: str | None = None,
 ):
@@ -67,6 +68,7 @@ def decode_attention(
         scale: Python float; None means 1 / sqrt(H).
         page_table: integer [B, max_pages]: position s of row b is in page
             page_table[b, s // page_size], at s % page_size.
+        heads_first: k is [B, K, S, H] and v [B, K, S, Hv]: what a CPU reads fastest. Not of pages.
         return_lse: also return the logarithm of the softmax's denominator.
         implementation: "xla", "mosaic_tpu", "mosaic_gpu", "reference", or None for the platform's
             best that can do the call.
@@ -80,7 +82,7 @@ def decode_attention(
         NotImplementedError: the named implementation cannot do this call (names one that can), or
             a derivative is asked for.
     """
-    _check_arrays(q, k, v, page_table)
+    _check_arrays(q, k, v, page_table, heads_first)
     B, _, N, H = q.shape
     lengths = _integers("lengths", lengths, (B,))
     starts = None if starts is None else _integers("starts", starts, (B,))
@@ -91,8 +93,19 @@ def decode_attention(
         scale=H**-0.5 if scale is None else float(scale),
         softcap=None if softcap is None else float(softcap),
         left=None if window is None else window[0],
+        heads_first=heads_first,
     )
-    call = describe(q, k, v, starts, page_table, sinks, window, softcap, return_lse)
+    call = describe(
+        q,
+        *((jnp.swapaxes(x, 1, 2) if heads_first else x) for x in (k, v)),
+        starts,
+        page_table,
+        sinks,
+        window,
+        softcap,
+        heads_first,
+        return_lse,
+    )
     chosen = dispatch.choose(
         "decode_attention", IMPLEMENTATIONS, ORDER, implementation, call.features, call
     )
@@ -115,8 +128,15 @@ def _refuse(run, options, primals, tangents):
     )
 
 
-def _check_arrays(q, k, v, page_table):
+def _check_arrays(q, k, v, page_table, heads_first):
+    if heads_first and page_table is not None:
+        raise ValueError(
+            "decode_attention: heads_first is of contiguous rows; a pool of pages has its heads "
+            "last: [pages, page_size, K, H]."
+        )
     cache = "[B, S, K, {}]" if page_table is None else "[pages, page_size, K, {}]"
+    if heads_first:
+        cache = "[B, K, S, {}]"
     for name, x, axes in (
         ("q", q, "[B, T, N, H]"),
         ("k", k, cache.format("H")),
@@ -133,7 +153,7 @@ def _check_arrays(q, k, v, page_table):
                 f"{name} {x.dtype}; cast with {name}.astype."
             )
     N, H = q.shape[2:]
-    K = k.shape[2]
+    K = k.shape[1 if heads_first else 2]
     if page_table is None and k.shape[0] != q.shape[0]:
         raise ValueError(
             f"decode_attention: q and k must have one batch size, got {q.shape[0]} and "

@@ -8,6 +8,7 @@ FEATURES = frozenset(
     {
         "float64",
         "grouped_heads",
+        "heads_first",
         "lse",
         "paged",
         "sinks",
@@ -21,11 +22,12 @@ FEATURES = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is known when a call is traced: `scale`, `softcap`, and `left`, the window's reach."""
+    """What is known when a call is traced; `left` is the window's reach."""
 
     scale: float
     softcap: float | None
     left: int | None
+    heads_first: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +58,8 @@ class Call:
         return self.N // self.K * self.T
 
 
-def describe(q, k, v, starts, page_table, sinks, window, softcap, return_lse) -> Call:
-    """The `Call` that these arguments, already validated, make."""
+def describe(q, k, v, starts, page_table, sinks, window, softcap, heads_first, return_lse) -> Call:
+    """The `Call` that these arguments, already validated, make; k and v positions first."""
     B, T, N, H = q.shape
     S, K, Hv = v.shape[1:]
     page_size = None
@@ -66,6 +68,7 @@ def describe(q, k, v, starts, page_table, sinks, window, softcap, return_lse) ->
     given = {
         "float64": q.dtype == jnp.float64,
         "grouped_heads": K != N,
+        "heads_first": heads_first,
         "lse": return_lse,
         "paged": page_table is not None,
         "sinks": sinks is not None,

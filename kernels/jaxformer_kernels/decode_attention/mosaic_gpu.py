@@ -119,6 +119,6 @@ def _limits(call):
 
 IMPLEMENTATION = dispatch.Implementation(
     run=mosaic_gpu,
-    supports=FEATURES - {"float64"},
+    supports=FEATURES - {"float64", "heads_first"},
     limits=lambda call: tuple(_limits(call)),
 )

@@ -316,6 +316,6 @@ def _limits(call):
 
 IMPLEMENTATION = dispatch.Implementation(
     run=mosaic_tpu,
-    supports=FEATURES - {"float64"},
+    supports=FEATURES - {"float64", "heads_first"},
     limits=lambda call: tuple(_limits(call)),
 )

@@ -16,6 +16,8 @@ def reference(q, k, v, lengths, starts, page_table, sinks, options):
     filled in: the numbers in `options`, a `call.Options`.
     """
     T = q.shape[1]
+    if options.heads_first:
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     if page_table is not None:
         k, v = (contiguous(pool, page_table, lengths, starts, T, options.left) for pool in (k, v))
     mask = Mask(

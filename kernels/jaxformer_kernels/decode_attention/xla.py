@@ -13,6 +13,8 @@ from jaxformer_kernels.decode_attention.call import FEATURES
 
 # Measured on a CPU: a block's keys, transposed, stay in its second cache.
 _BLOCK = 128
+# So many positions of heads that stand first are read whole, which takes no copy of any.
+_WHOLE = 512
 
 
 def xla(q, k, v, lengths, starts, page_table, sinks, options):
@@ -21,9 +23,13 @@ def xla(q, k, v, lengths, starts, page_table, sinks, options):
     Arguments and results are those of `reference`.
     """
     B, T, N, H = q.shape
-    K, Hv = v.shape[2:]
+    K, Hv = v.shape[1 if options.heads_first else 2], v.shape[3]
     rows = jnp.transpose(q.reshape(B, T, K, N // K, H), (0, 2, 3, 1, 4)).reshape(B, K, -1, H)
-    if page_table is None:
+    if options.heads_first:
+        S = k.shape[2]
+        size = S if S <= _WHOLE else min(_BLOCK, S)
+        read_keys, read_values = (_heads_first_reader(x, size) for x in (k, v))
+    elif page_table is None:
         S, size = k.shape[1], min(_BLOCK, k.shape[1])
         read_keys, read_values = (_contiguous_reader(x, size) for x in (k, v))
     else:
@@ -35,7 +41,7 @@ def xla(q, k, v, lengths, starts, page_table, sinks, options):
 
     def step(block, carry):
         top, total, out = carry
-        x = options.scale * _product("bkrh,bksh->bkrs", rows, read_keys(block), wide)
+        x = options.scale * _product("krh,ksh->krs", rows, read_keys(block), wide)
         if options.softcap is not None:
             x = options.softcap * jnp.tanh(x / options.softcap)
         s = _positions(block, size, S, page_table is not None)
@@ -46,7 +52,7 @@ def xla(q, k, v, lengths, starts, page_table, sinks, options):
         p = jnp.exp(x - finite)
         fade = jnp.exp(top - finite)
         total = total * fade + jnp.sum(p, axis=-1, keepdims=True)
-        mixed = _product("bkrs,bksh->bkrh", p.astype(v.dtype), read_values(block), wide)
+        mixed = _product("krs,ksh->krh", p.astype(v.dtype), read_values(block), wide)
         return new_top, total, out * fade + mixed
 
     first, end = span.blocks(lengths, starts, T, options.left, S, size)
@@ -69,7 +75,12 @@ def xla(q, k, v, lengths, starts, page_table, sinks, options):
 
 
 def _product(equation, a, b, dtype):
-    return jnp.einsum(equation, a, b, preferred_element_type=dtype)
+    """The product of a, [B, K, rows, _], and b, [B, K, _, _], for every head of every row."""
+    B, K = a.shape[:2]
+    # Over one axis of heads: that is how a cache lies in memory whose heads stand first.
+    a, b = (x.reshape(B * K, *x.shape[2:]) for x in (a, b))
+    out = jnp.einsum(equation, a, b, preferred_element_type=dtype)
+    return out.reshape(B, K, *out.shape[1:])
 
 
 def _positions(block, size, S, paged):
@@ -87,6 +98,18 @@ def _visible(s, block_start, place, starts, left):
     if left is not None:
         seen &= s >= place[:, :, None] - left
     return seen
+
+
+def _heads_first_reader(x, size):
+    """block -> [B, K, size, H] of x [B, K, S, H]; the last block is moved back, as below."""
+    if size == x.shape[2]:
+        return lambda block: x
+
+    def read(block):
+        start = jnp.minimum(block * size, x.shape[2] - size)
+        return lax.dynamic_slice_in_dim(x, start, size, axis=2)
+
+    return read
 
 
 def _contiguous_reader(x, size):

@@ -181,11 +181,16 @@ class Regime:
     settings: dict = dataclasses.field(default_factory=dict)
     interpreted: bool = False
     sizes: Sizes = Sizes()
+    heads_first: bool = False
 
 
 REGIMES = {
     "reference": Regime("reference"),
     "xla": Regime("xla", {(xla, "_BLOCK"): 5}),
+    "heads_first": Regime("xla", heads_first=True),
+    "heads_first_blocks": Regime(
+        "xla", {(xla, "_BLOCK"): 5, (xla, "_WHOLE"): 12}, heads_first=True
+    ),
     # Of wide heads 16 positions a block, of narrow ones 128: three blocks, the last of them ragged.
     "mosaic_tpu": Regime(
         "mosaic_tpu",
@@ -210,6 +215,9 @@ def regime(request, monkeypatch):
         monkeypatch.setattr(module, attribute, value)
 
     def run(**call):
+        if chosen.heads_first and "page_table" not in call:
+            turned = {name: jnp.swapaxes(call[name], 1, 2) for name in ("k", "v")}
+            call |= turned | {"heads_first": True}
         interpreter = jaxformer_kernels.interpreting() if chosen.interpreted else None
         with interpreter or contextlib.nullcontext():
             return decode_attention(**call, implementation=chosen.name)

@@ -1,5 +1,7 @@
 """What decode_attention accepts, and how it says what it does not."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,13 @@ TABLE = jnp.array([[0], [1]])
         ({"lengths": LENGTHS * 1.0}, ValueError, r"integer \[2\], got float32\[2\]"),
         ({"starts": LENGTHS[:1]}, ValueError, r"starts must be integer \[2\]"),
         ({"page_table": LENGTHS}, ValueError, r"page_table must be integer \[2, max_pages\]"),
+        (
+            {"page_table": TABLE, "heads_first": True},
+            ValueError,
+            "heads_first is of contiguous rows",
+        ),
+        ({"k": K[0], "heads_first": True}, ValueError, r"k must be \[B, K, S, H\], got 3 axes"),
+        ({"heads_first": True}, ValueError, "4 query heads must be a multiple of the 5 key-value"),
         ({"window": 4}, ValueError, r"\(left, right\)"),
         ({"softcap": 0.0}, ValueError, "softcap must be positive"),
         ({"scale": jnp.ones(())}, TypeError, "scale must be a Python float"),
@@ -68,6 +77,25 @@ def test_the_window_is_that_of_a_mask_and_its_right_side_changes_nothing():
         np.testing.assert_array_equal(decode_attention(Q, K, K, LENGTHS, window=(2, right)), want)
 
 
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", "mosaic_gpu"])
+def test_a_kernel_that_reads_heads_last_refuses_heads_first(implementation):
+    k = jnp.swapaxes(K, 1, 2)
+    with pytest.raises(NotImplementedError, match=r"does not support heads_first.*use .*'xla'"):
+        decode_attention(Q, k, k, LENGTHS, heads_first=True, implementation=implementation)
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("length", [5, 700])
+def test_heads_first_is_the_same_cache_turned(target, length):
+    k = jnp.sin(jnp.arange(2 * length * 2 * 8.0)).reshape(2, length, 2, 8)
+    lengths = jnp.array([length, 3])
+    want = decode_attention(Q, k, k, lengths, implementation="reference")
+    turned = jnp.swapaxes(k, 1, 2)
+    with compiling_for(target):
+        got = decode_attention(Q, turned, turned, lengths, heads_first=True)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 def test_it_maps_over_an_axis():
     q = jnp.cos(jnp.arange(3 * Q.size)).reshape(3, *Q.shape)
     got = jax.vmap(lambda q: decode_attention(q, K, K, LENGTHS))(q)
@@ -82,15 +110,21 @@ def test_every_platform_has_an_implementation():
             jax.eval_shape(lambda q, k: decode_attention(q, k, k, LENGTHS, page_table=TABLE), Q, K)
 
 
+@pytest.mark.parametrize("heads_first", [False, True])
 @pytest.mark.parametrize("axis", [0, 2])
-def test_it_runs_in_shards_of_rows_or_heads(axis):
+def test_it_runs_in_shards_of_rows_or_heads(axis, heads_first):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     k = jnp.sin(jnp.arange(2 * 300 * 2 * 8.0)).reshape(2, 300, 2, 8)
     lengths = jnp.array([300, 140])
     heads = P(*("x" if i == axis else None for i in range(4)))
     rows = P("x") if axis == 0 else P()
+    cache = P(heads[0], heads[2], None, None) if heads_first else heads
     sharded = jax.shard_map(
-        decode_attention, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads
+        functools.partial(decode_attention, heads_first=heads_first),
+        mesh=mesh,
+        in_specs=(heads, cache, cache, rows),
+        out_specs=heads,
     )
-    got = jax.jit(sharded)(Q, k, k, lengths)
+    stored = jnp.swapaxes(k, 1, 2) if heads_first else k
+    got = jax.jit(sharded)(Q, stored, stored, lengths)
     np.testing.assert_allclose(got, decode_attention(Q, k, k, lengths), rtol=1e-5, atol=1e-6)

@@ -113,7 +113,7 @@ def errors(got, want):
 SMALL = {shape.scaled(length=24, groups=2, head_dim=16): name for name, shape in SHAPES.items()}
 
 
-@pytest.mark.parametrize("regime", ["xla", "mosaic_tpu"], indirect=True)
+@pytest.mark.parametrize("regime", ["xla", "heads_first", "mosaic_tpu"], indirect=True)
 @pytest.mark.parametrize("name", SMALL.values())
 def test_bfloat16_errs_at_most_twice_as_much_as_plain_bfloat16(calls, regime, name):
     call, page_size = shape_call(name, regime.sizes.H)
