@@ -102,30 +102,26 @@ def _visible(s, block_start, place, starts, left):
 
 def _heads_first_reader(x, size):
     """block -> [B, K, size, H] of x [B, K, S, H]; the last block is moved back, as below."""
-    if size == x.shape[2]:
-        return lambda block: x
-
-    def read(block):
-        start = jnp.minimum(block * size, x.shape[2] - size)
-        return lax.dynamic_slice_in_dim(x, start, size, axis=2)
-
-    return read
+    return (lambda block: x) if size == x.shape[2] else _slices(x, size, axis=2)
 
 
 def _contiguous_reader(x, size):
     """block -> [B, K, size, H]; the last block is moved back so as to end where `x` does."""
+    read = _slices(x, size, axis=1)
+    # The barrier makes one transposed copy of the block, which the product then reads.
+    return lambda block: lax.optimization_barrier(jnp.swapaxes(read(block), 1, 2))
+
+
+def _slices(x, size, axis):
     # XLA on CPU converts bfloat16 operands to float32, and would do it ahead of the loop, for the
     # whole cache; it lets integers be.
     halves = x.dtype in (jnp.bfloat16, jnp.float16)
     stored = lax.bitcast_convert_type(x, jnp.uint16) if halves else x
 
     def read(block):
-        start = jnp.minimum(block * size, x.shape[1] - size)
-        part = lax.dynamic_slice_in_dim(stored, start, size, axis=1)
-        if halves:
-            part = lax.bitcast_convert_type(part, x.dtype)
-        # The barrier makes one transposed copy of the block, which the product then reads.
-        return lax.optimization_barrier(jnp.swapaxes(part, 1, 2))
+        start = jnp.minimum(block * size, x.shape[axis] - size)
+        part = lax.dynamic_slice_in_dim(stored, start, size, axis=axis)
+        return lax.bitcast_convert_type(part, x.dtype) if halves else part
 
     return read
 
