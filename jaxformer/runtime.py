@@ -12,8 +12,9 @@ bit. `train.py` and `jaxformer` turn this on:
 
 On a CPU a step's arrays are allocated anew each time. By its own rules glibc gives large ones back
 to the system, which fills them with zeros, page by page, when they are next touched: a fifth of the
-time of a training step. `keep_memory` tells it to keep them; `MALLOC_...` variables or
-`GLIBC_TUNABLES` in the environment win.
+time of a training step. `keep_memory` tells it to keep them, and asks Linux for pages of 2 MiB, which
+take the processor fewer steps to find; `MALLOC_...` variables or `GLIBC_TUNABLES` in the environment
+win.
 """
 
 import ctypes
@@ -44,6 +45,9 @@ _KEEP_MEMORY = {
     -8: 1,  # M_ARENA_MAX: threads share it, for another's heap is too small for large arrays
 }
 
+_LARGE_PAGE = 2 * 2**20
+_MADV_HUGEPAGE = 14  # of <sys/mman.h>
+
 
 def keep_compiled() -> Path | None:
     """Lets jax keep compiled programs in the user's cache folder.
@@ -73,8 +77,31 @@ def keep_memory() -> bool:
     chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if chosen or platform.libc_ver()[0] != "glibc" or not _only_cpu():
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return all(mallopt(parameter, value) for parameter, value in _KEEP_MEMORY.items())
+    libc = ctypes.CDLL(None)
+    kept = all(libc.mallopt(parameter, value) for parameter, value in _KEEP_MEMORY.items())
+    if kept:
+        _ask_for_large_pages(libc)
+    return kept
+
+
+def _ask_for_large_pages(libc: ctypes.CDLL) -> None:
+    """Lets the heap, as far as it is likely to grow, consist of large pages where Linux has them.
+
+    They are asked for by address: so the heap is made to reach that far, which takes no memory
+    until it is touched. Of a system that allows no such reach nothing is asked.
+    """
+    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes = (ctypes.c_size_t,)
+    libc.free.argtypes = (ctypes.c_void_p,)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    start = libc.malloc(size)
+    if start is None:
+        return
+    first = -(-start // _LARGE_PAGE) * _LARGE_PAGE
+    length = (start + size - first) // _LARGE_PAGE * _LARGE_PAGE
+    libc.madvise(first, length, _MADV_HUGEPAGE)
+    libc.free(start)
 
 
 def cache_folder() -> Path | None:

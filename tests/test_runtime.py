@@ -165,3 +165,26 @@ print(min(faults() for _ in range(5)))
         for keep in ("keep_memory()", "")
     )
     assert kept < 100 < given_back
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists() or platform.libc_ver()[0] != "glibc",
+    reason="large pages are asked for of glibc on a Linux that has them",
+)
+@pytest.mark.parametrize(("keep", "asked"), [("keep_memory()", True), ("", False)])
+def test_arrays_lie_where_large_pages_were_asked_for(keep, asked):
+    program = f"""
+from jaxformer.runtime import keep_memory
+{keep}
+import jax.numpy as jnp
+x = jnp.ones((4096, 4096)).block_until_ready()
+address, inside = x.unsafe_buffer_pointer(), False
+for line in open("/proc/self/smaps"):
+    head = line.split()[0]
+    if "-" in head:
+        first, last = (int(part, 16) for part in head.split("-"))
+        inside = first <= address < last
+    elif inside and head == "VmFlags:":
+        print("hg" in line.split())
+"""
+    assert own_process(program, {"JAX_PLATFORMS": "cpu"}) == [str(asked)]
