@@ -12,9 +12,9 @@ bit. `train.py` and `jaxformer` turn this on:
 
 On a CPU a step's arrays are allocated anew each time. By its own rules glibc gives large ones back
 to the system, which fills them with zeros, page by page, when they are next touched: a fifth of the
-time of a training step. `keep_memory` tells it to keep them, and asks Linux for pages of 2 MiB, which
-take the processor fewer steps to find; `MALLOC_...` variables or `GLIBC_TUNABLES` in the environment
-win.
+time of a training step. `keep_memory` tells it to keep them, and asks Linux for pages of 2 MiB,
+which the processor finds in fewer steps than ones of 4 KiB. `MALLOC_...` variables or
+`GLIBC_TUNABLES` in the environment win.
 """
 
 import ctypes
