@@ -3,6 +3,7 @@
 import functools
 
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -132,6 +133,35 @@ class Attention(nnx.Module):
         )
         return self.out(mixed)
 
+    def decode_shared(
+        self,
+        queries: Float[Array, "B 1 N H"],
+        cache: Cache,
+        layer: Int[Array, ""] | int,
+        *,
+        window: tuple[int | None, int | None] | None,
+    ) -> Float[Array, "B 1 D"]:
+        """`decode` of rows that share their slots, all of which are read once for all rows.
+
+        Each row is shown what it has of them, so that no row's past is ever copied.
+        """
+        keys, values, has = cache.read_shared(layer)
+        width = has.shape[1]
+        slots = jnp.arange(has.shape[2]) // width
+        seen = (slots >= cache.start[:, None]) & (slots <= cache.index)
+        if window is not None and window[0] is not None:
+            seen &= slots >= cache.index - window[0]
+        config = self.config
+        dtype = activation_dtype(config.compute_dtype)
+        shared = rearrange(queries, "(R W) 1 N H -> R W N H", W=width)
+        mixed = attend(
+            *(array.astype(dtype) for array in (shared, keys, values)),
+            mask=Mask(array=(has & seen.reshape(has.shape))[:, None]),
+            softcap=config.attention_softcap,
+            scale=config.attention_scale,
+        )
+        return self.out(rearrange(mixed, "R W N H -> (R W) 1 N H"))
+
     def weights(
         self, queries: Float[Array, "B T N H"], keys: Float[Array, "B S K H"], *, mask: Mask
     ) -> Float[Array, "B T N S"]:
@@ -181,10 +211,12 @@ def self_attention(
     queries, (keys, values) = module.queries_keys_values(x, positions)
     if cache is not None:
         cache = cache.write(layer, keys, values)
-        keys, values = cache.read(layer)
         # On a mesh the kernel for decoding would have operands gathered that are split.
         plain = bias is None and module.config.attention is None and sharding.active() is None
-        own = isinstance(cache.keys, tuple)
+        if plain and cache.writer is not None and x.shape[1] == 1:
+            return module.decode_shared(queries, cache, layer, window=mask.window), cache
+        keys, values = cache.read(layer)
+        own = isinstance(cache.keys, tuple) and cache.writer is None
         if plain and x.shape[1] <= _FEW_TOKENS and (own or keys.size >= _LARGE_LAYER):
             stored = cache.read_heads_first(layer) if own else (keys, values)
             window = mask.window

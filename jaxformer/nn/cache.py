@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -20,10 +21,14 @@ class Cache:
     Layers are stacked along a leading axis L or, where `unrolled`, each has arrays of its own, in
     which rows and heads are one axis and slots the next: what a CPU reads fastest.
     C counts the sources: one a row, or one for every B / C rows beside each other.
+
+    Rows that `repeat` made of one row of an unrolled cache share their slots, each of which then
+    has W places beside each other, one for every such row: [B / W * K, S * W, H]. To reorder these
+    rows moves `writer` alone.
     """
 
-    keys: Float[Array, "L B S K H"] | tuple[Float[Array, "BK S H"], ...]
-    values: Float[Array, "L B S K H"] | tuple[Float[Array, "BK S H"], ...]
+    keys: Float[Array, "L B S K H"] | tuple[Float[Array, "BK SW H"], ...]
+    values: Float[Array, "L B S K H"] | tuple[Float[Array, "BK SW H"], ...]
     index: Int[Array, ""]
     """The next free slot."""
     start: Int[Array, " B"]
@@ -33,6 +38,8 @@ class Cache:
     cross_values: Float[Array, "L C Z K H"] | tuple[Float[Array, "CK Z H"], ...] | None = None
     source_segment_ids: Int[Array, "C Z"] | None = None
     """1 where the source has a token, 0 where it is padding."""
+    writer: Int[Array, "B S"] | None = None
+    """Which of the W rows that share their slots wrote what row b has in slot s."""
 
     @staticmethod
     def empty(
@@ -54,6 +61,8 @@ class Cache:
     @property
     def length(self) -> int:
         """Number of slots."""
+        if self.writer is not None:
+            return self.writer.shape[1]
         return self.keys[0].shape[1] if isinstance(self.keys, tuple) else self.keys.shape[2]
 
     def unrolled(self) -> "Cache":
@@ -77,6 +86,8 @@ class Cache:
     def read(self, layer: Int[Array, ""] | int) -> tuple[Array, Array]:
         """Keys and values of one layer, [B, S, K, H]."""
         rows = self.start.shape[0]
+        if self.writer is not None:
+            return self._own(self.keys[layer]), self._own(self.values[layer])
         return _layer(self.keys, layer, rows), _layer(self.values, layer, rows)
 
     def read_heads_first(
@@ -86,6 +97,22 @@ class Cache:
         assert isinstance(layer, int)
         rows = self.start.shape[0]
         return _by_rows(self.keys[layer], rows), _by_rows(self.values[layer], rows)
+
+    def read_shared(
+        self, layer: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "R S_W K H"], Float[Array, "R S_W K H"], Bool[Array, "R W S_W"]]:
+        """Keys and values of rows that share their slots, and which places each of them has.
+
+        R counts the rows that they were repeated from.
+        """
+        assert isinstance(layer, int) and self.writer is not None
+        width = self._width
+        keys, values = (
+            rearrange(x[layer], "(R K) P H -> R P K H", R=self.start.shape[0] // width)
+            for x in (self.keys, self.values)
+        )
+        has = self.writer[:, :, None] == jnp.arange(width)
+        return keys, values, rearrange(has, "(R W) S P -> R W (S P)", W=width)
 
     def read_source(self, layer: Int[Array, ""] | int) -> tuple[Array, Array]:
         """Keys and values of the source for one layer, [C, Z, K, H]."""
@@ -98,10 +125,16 @@ class Cache:
         self, layer: Int[Array, ""] | int, keys: Float[Array, "B T K H"], values: Array
     ) -> "Cache":
         """This cache with the next tokens' keys and values of one layer; `index` stays."""
+        writer = self.writer
+        if writer is not None:
+            own = jnp.arange(writer.shape[0], dtype=writer.dtype) % self._width
+            new = jnp.broadcast_to(own[:, None], keys.shape[:2])
+            writer = jax.lax.dynamic_update_slice(writer, new, (0, self.index))
         return dataclasses.replace(
             self,
             keys=self._written(self.keys, layer, keys),
             values=self._written(self.values, layer, values),
+            writer=writer,
         )
 
     def advance(self, tokens: int) -> "Cache":
@@ -109,7 +142,9 @@ class Cache:
         return dataclasses.replace(self, index=self.index + tokens)
 
     def take(self, rows: Int[Array, " R"]) -> "Cache":
-        """The cache of these rows, in this order, each with a source of its own."""
+        """The cache of these rows, in this order, each with slots and a source of its own."""
+        if self.writer is not None:
+            return self._apart().take(rows)
         sources = None if self.source_segment_ids is None else self.source_segment_ids.shape[0]
         of_source = rows if sources is None else rows // (self.start.shape[0] // sources)
         return dataclasses.replace(
@@ -122,24 +157,56 @@ class Cache:
     def repeat(self, count: int) -> "Cache":
         """Each row `count` times, beside each other; they share their source (beam search)."""
         rows = jnp.repeat(jnp.arange(self.start.shape[0]), count)
-        return self.reorder(rows)
+        if not isinstance(self.keys, tuple) or self.writer is not None or count == 1:
+            return self.reorder(rows)
+        keys, values = (
+            tuple(_with_places(layer, count) for layer in x) for x in (self.keys, self.values)
+        )
+        # What is there already stands in the first place of each slot.
+        writer = jnp.zeros((rows.size, self.length), jnp.int32)
+        start = _rows(self.start, rows, 0)
+        return dataclasses.replace(self, keys=keys, values=values, start=start, writer=writer)
 
     def reorder(self, rows: Int[Array, " R"]) -> "Cache":
-        """`take` where rows change places only with rows of the same source, which stays put."""
+        """`take` where rows change places only with rows that share their source and slots."""
+        start = _rows(self.start, rows, 0)
+        if self.writer is not None:
+            return dataclasses.replace(self, writer=_rows(self.writer, rows, 0), start=start)
         return dataclasses.replace(
             self,
             keys=_gather(self.keys, rows, self.start.shape[0]),
             values=_gather(self.values, rows, self.start.shape[0]),
-            start=_rows(self.start, rows, 0),
+            start=start,
         )
+
+    @property
+    def _width(self) -> int:
+        """W: rows that share their slots."""
+        assert self.writer is not None
+        return self.keys[0].shape[1] // self.writer.shape[1]
+
+    def _own(self, layer: Float[Array, "RK S_W H"]) -> Float[Array, "B S K H"]:
+        """What each row has of a layer whose slots are shared."""
+        assert self.writer is not None
+        rows, slots = self.writer.shape
+        places = jnp.arange(slots) * self._width + self.writer
+        shared = _by_rows(layer, rows // self._width)
+        return shared[jnp.arange(rows)[:, None] // self._width, :, places]
+
+    def _apart(self) -> "Cache":
+        """The same cache with slots of its own for every row."""
+        keys, values = (
+            tuple(_flat(self._own(layer)) for layer in x) for x in (self.keys, self.values)
+        )
+        return dataclasses.replace(self, keys=keys, values=values, writer=None)
 
     def _written(self, stored: Any, layer: Int[Array, ""] | int, new: Array) -> Any:
         if isinstance(stored, tuple):
-            old = stored[layer]
+            old, width = stored[layer], 1 if self.writer is None else self._width
             # In the shape that products read: XLA would take a reshape of the cache into the
             # write, which is then no longer in place.
-            new = _flat(new).astype(old.dtype)
-            written = jax.lax.dynamic_update_slice(old, new, (0, self.index, 0))
+            new = rearrange(new, "(R W) T K H -> (R K) (T W) H", W=width).astype(old.dtype)
+            written = jax.lax.dynamic_update_slice(old, new, (0, self.index * width, 0))
             return (*stored[:layer], written, *stored[layer + 1 :])
         place = (layer, 0, self.index, 0, 0)
         return jax.lax.dynamic_update_slice(stored, new[None].astype(stored.dtype), place)
@@ -147,6 +214,12 @@ class Cache:
 
 def _flat(layer: Float[Array, "B S K H"]) -> Float[Array, "BK S H"]:
     return jnp.swapaxes(layer, 1, 2).reshape(-1, layer.shape[1], layer.shape[3])
+
+
+def _with_places(layer: Float[Array, "RK S H"], count: int) -> Float[Array, "RK S_W H"]:
+    """A layer with `count` places a slot, of which the first holds what it had."""
+    places = jnp.pad(layer[:, :, None], ((0, 0), (0, 0), (0, count - 1), (0, 0)))
+    return rearrange(places, "P S W H -> P (S W) H")
 
 
 def _by_rows(layer: Float[Array, "BK S H"], rows: int) -> Float[Array, "B K S H"]:

@@ -105,6 +105,80 @@ class TestBeams:
         np.testing.assert_allclose(shared, alone, atol=1e-5)
 
 
+class TestSharedSlots:
+    """Rows of an unrolled cache that `repeat` made of one share its slots."""
+
+    BEAMS = 3
+
+    def alike(self):
+        """The same cache twice: each repeated row with slots of its own, and with shared ones."""
+        return filled().repeat(self.BEAMS), filled().unrolled().repeat(self.BEAMS)
+
+    def turns(self):
+        """Reorderings of beams within their rows, some of which die out and some of which part."""
+        random = np.random.default_rng(0)
+        first = np.arange(0, ROWS * self.BEAMS, self.BEAMS)[:, None]
+        for _ in range(2):
+            chosen = random.integers(0, self.BEAMS, (ROWS, self.BEAMS))
+            yield jnp.asarray((first + chosen).reshape(-1))
+
+    def test_hold_what_slots_of_their_own_would(self):
+        own, shared = self.alike()
+        for number, rows in enumerate(self.turns()):
+            new = 1000.0 * (number + 1) + jnp.arange(ROWS * self.BEAMS * 8.0)
+            new = new.reshape(ROWS * self.BEAMS, 1, 2, 4)
+            own, shared = own.reorder(rows), shared.reorder(rows)
+            for layer in range(LAYERS):
+                own = own.write(layer, new, 2 * new)
+                shared = shared.write(layer, new, 2 * new)
+            own, shared = own.advance(1), shared.advance(1)
+            for layer in range(LAYERS):
+                assert_same(shared.read(layer), own.read(layer))
+            np.testing.assert_array_equal(shared.start, own.start)
+        assert shared.length == own.length
+        rows = jnp.array([7, 0, 4, 4])
+        assert_same(stacked(shared.take(rows)), own.take(rows))
+
+    def test_reordering_moves_neither_keys_nor_values(self):
+        _, shared = self.alike()
+        reordered = shared.reorder(next(self.turns()))
+        for part in ("keys", "values"):
+            for before, after in zip(getattr(shared, part), getattr(reordered, part), strict=True):
+                assert after is before
+
+    @pytest.mark.parametrize(
+        "model",
+        [
+            {},
+            {"window": 3},
+            {"position": "rotary", "attention_softcap": 5.0},
+            {"position": "alibi"},
+            {"kind": "encoder_decoder"},
+        ],
+        ids=str,
+    )
+    def test_steps_are_those_of_slots_of_their_own(self, model):
+        config = dataclasses.replace(TINY, **model)
+        apply, params = jaxformer.pure(jaxformer.models.build(config, vocabulary=11))
+        tokens = jnp.array([[4, 5, 6], [7, 8, 9]])
+        if config.kind == "decoder":
+            cache = apply(params, 9, jnp.array([0, 2]), method="init_cache")
+        else:
+            source = jnp.array([[5, 6, 7], [5, 6, 0]])
+            cache = apply(params, source, (source > 0).astype(int), 9, method="init_cache")
+        _, own = apply(params, tokens, cache, method="extend")
+        blocks = apply(params, method="unrolled")
+        _, shared = apply(params, tokens, cache.unrolled(), blocks=blocks, method="extend")
+        own, shared = own.repeat(2), shared.repeat(2)
+        assert shared.writer is not None
+        for fed, rows in (([4, 5, 6, 7], [1, 0, 2, 2]), ([8, 9, 4, 4], [0, 0, 3, 2])) * 2:
+            fed, rows = jnp.array(fed)[:, None], jnp.array(rows)
+            logits, own = apply(params, fed, own.reorder(rows), method="extend")
+            shared = shared.reorder(rows)
+            found, shared = apply(params, fed, shared, blocks=blocks, method="extend")
+            np.testing.assert_allclose(found, logits, atol=1e-5)
+
+
 def loops(jaxpr):
     """Every `while` in a program, however deep."""
     for equation in jaxpr.eqns:

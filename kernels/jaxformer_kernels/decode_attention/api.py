@@ -95,17 +95,7 @@ def decode_attention(
         left=None if window is None else window[0],
         heads_first=heads_first,
     )
-    call = describe(
-        q,
-        *((jnp.swapaxes(x, 1, 2) if heads_first else x) for x in (k, v)),
-        starts,
-        page_table,
-        sinks,
-        window,
-        softcap,
-        heads_first,
-        return_lse,
-    )
+    call = describe(q, v, starts, page_table, sinks, window, softcap, heads_first, return_lse)
     chosen = dispatch.choose(
         "decode_attention", IMPLEMENTATIONS, ORDER, implementation, call.features, call
     )

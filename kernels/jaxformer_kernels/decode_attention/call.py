@@ -58,11 +58,11 @@ class Call:
         return self.N // self.K * self.T
 
 
-def describe(q, k, v, starts, page_table, sinks, window, softcap, heads_first, return_lse) -> Call:
-    """The `Call` that these arguments, already validated, make; k and v positions first."""
+def describe(q, v, starts, page_table, sinks, window, softcap, heads_first, return_lse) -> Call:
+    """The `Call` that these arguments, already validated, make."""
     B, T, N, H = q.shape
-    S, K, Hv = v.shape[1:]
-    page_size = None
+    K, S = v.shape[1:3] if heads_first else v.shape[2:0:-1]
+    Hv, page_size = v.shape[3], None
     if page_table is not None:
         page_size, S = S, S * page_table.shape[1]
     given = {
