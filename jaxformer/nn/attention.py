@@ -17,8 +17,9 @@ from jaxformer.nn.position import rotary
 from jaxformer.nn.precision import activation_dtype
 from jaxformer_kernels import Dropout, Mask, decode_attention
 
-# Measured on a CPU, step by step against `attention`: a layer of fewer elements decodes no slower
-# whole, from as many on it pays to read only what the cache holds (0.5 to 0.9 of a step's time).
+# Measured on a CPU, step by step against `attention`, for layers whose slots stand first: one of
+# fewer elements decodes no slower whole, from as many on it pays to read only what the cache holds
+# (0.5 to 0.9 of a step's time).
 _FEW_TOKENS = 8
 _LARGE_LAYER = 1 << 19
 
@@ -140,8 +141,9 @@ class Attention(nnx.Module):
         layer: Int[Array, ""] | int,
         *,
         window: tuple[int | None, int | None] | None,
+        bias: Float[Array, "1 N 1 S"] | None,
     ) -> Float[Array, "B 1 D"]:
-        """`decode` of rows that share their slots, all of which are read once for all rows.
+        """`decode` of rows that share their slots, all of which are read once for all of them.
 
         Each row is shown what it has of them, so that no row's past is ever copied.
         """
@@ -153,14 +155,16 @@ class Attention(nnx.Module):
             seen &= slots >= cache.index - window[0]
         config = self.config
         dtype = activation_dtype(config.compute_dtype)
-        shared = rearrange(queries, "(R W) 1 N H -> R W N H", W=width)
+        shared = rearrange(queries, "(C W) 1 N H -> C W N H", W=width)
         mixed = attend(
             *(array.astype(dtype) for array in (shared, keys, values)),
             mask=Mask(array=(has & seen.reshape(has.shape))[:, None]),
+            bias=None if bias is None else jnp.repeat(bias, width, axis=-1),
             softcap=config.attention_softcap,
             scale=config.attention_scale,
+            implementation=config.attention,
         )
-        return self.out(rearrange(mixed, "R W N H -> (R W) 1 N H"))
+        return self.out(rearrange(mixed, "C W N H -> (C W) 1 N H"))
 
     def weights(
         self, queries: Float[Array, "B T N H"], keys: Float[Array, "B S K H"], *, mask: Mask
@@ -211,16 +215,17 @@ def self_attention(
     queries, (keys, values) = module.queries_keys_values(x, positions)
     if cache is not None:
         cache = cache.write(layer, keys, values)
+        if cache.writer is not None and x.shape[1] == 1:
+            y = module.decode_shared(queries, cache, layer, window=mask.window, bias=bias)
+            return y, cache
+        keys, values = cache.read(layer)
         # On a mesh the kernel for decoding would have operands gathered that are split.
         plain = bias is None and module.config.attention is None and sharding.active() is None
-        if plain and cache.writer is not None and x.shape[1] == 1:
-            return module.decode_shared(queries, cache, layer, window=mask.window), cache
-        keys, values = cache.read(layer)
-        own = isinstance(cache.keys, tuple) and cache.writer is None
-        if plain and x.shape[1] <= _FEW_TOKENS and (own or keys.size >= _LARGE_LAYER):
-            stored = cache.read_heads_first(layer) if own else (keys, values)
+        heads_first = isinstance(cache.keys, tuple) and cache.writer is None
+        if plain and x.shape[1] <= _FEW_TOKENS and (heads_first or keys.size >= _LARGE_LAYER):
+            stored = cache.read_heads_first(layer) if heads_first else (keys, values)
             window = mask.window
-            y = module.decode(queries, stored, cache=cache, window=window, heads_first=own)
+            y = module.decode(queries, stored, cache=cache, window=window, heads_first=heads_first)
             return y, cache
     y = module(queries, (keys, values), mask=mask, bias=bias, key=key)
     return y, cache

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+# So many beams share their slots: each is shown all places, and the work grows with their square.
+_MOST_SHARING = 16
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -22,9 +25,9 @@ class Cache:
     which rows and heads are one axis and slots the next: what a CPU reads fastest.
     C counts the sources: one a row, or one for every B / C rows beside each other.
 
-    Rows that `repeat` made of one row of an unrolled cache share their slots, each of which then
-    has W places beside each other, one for every such row: [B / W * K, S * W, H]. To reorder these
-    rows moves `writer` alone.
+    W rows that `repeat` made of each of C rows of an unrolled cache share their slots, each of
+    which then has W places beside each other: [C * K, S * W, H]. To reorder them moves `writer`
+    alone.
     """
 
     keys: Float[Array, "L B S K H"] | tuple[Float[Array, "BK SW H"], ...]
@@ -70,6 +73,8 @@ class Cache:
 
         `layer` is a Python number from then on.
         """
+        if isinstance(self.keys, tuple):
+            return self
         fields = (self.keys, self.values, self.cross_keys, self.cross_values)
         keys, values, cross_keys, cross_values = (
             x if x is None else tuple(_flat(layer) for layer in x) for x in fields
@@ -93,26 +98,23 @@ class Cache:
     def read_heads_first(
         self, layer: Int[Array, ""] | int
     ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """`read` of a cache that is unrolled, as it lies in memory."""
-        assert isinstance(layer, int)
+        """`read` of an unrolled cache whose rows share no slots, as it lies in memory."""
+        assert isinstance(layer, int) and self.writer is None
         rows = self.start.shape[0]
         return _by_rows(self.keys[layer], rows), _by_rows(self.values[layer], rows)
 
     def read_shared(
         self, layer: Int[Array, ""] | int
-    ) -> tuple[Float[Array, "R S_W K H"], Float[Array, "R S_W K H"], Bool[Array, "R W S_W"]]:
-        """Keys and values of rows that share their slots, and which places each of them has.
-
-        R counts the rows that they were repeated from.
-        """
+    ) -> tuple[Float[Array, "C SW K H"], Float[Array, "C SW K H"], Bool[Array, "C W SW"]]:
+        """Keys and values of rows that share their slots, and which places each of them has."""
         assert isinstance(layer, int) and self.writer is not None
         width = self._width
         keys, values = (
-            rearrange(x[layer], "(R K) P H -> R P K H", R=self.start.shape[0] // width)
+            rearrange(x[layer], "(C K) SW H -> C SW K H", C=self.start.shape[0] // width)
             for x in (self.keys, self.values)
         )
         has = self.writer[:, :, None] == jnp.arange(width)
-        return keys, values, rearrange(has, "(R W) S P -> R W (S P)", W=width)
+        return keys, values, rearrange(has, "(C W) S place -> C W (S place)", W=width)
 
     def read_source(self, layer: Int[Array, ""] | int) -> tuple[Array, Array]:
         """Keys and values of the source for one layer, [C, Z, K, H]."""
@@ -156,21 +158,24 @@ class Cache:
 
     def repeat(self, count: int) -> "Cache":
         """Each row `count` times, beside each other; they share their source (beam search)."""
+        if self.writer is not None:
+            return self._apart().repeat(count)
         rows = jnp.repeat(jnp.arange(self.start.shape[0]), count)
-        if not isinstance(self.keys, tuple) or self.writer is not None or count == 1:
+        if not isinstance(self.keys, tuple) or not 1 < count <= _MOST_SHARING:
             return self.reorder(rows)
         keys, values = (
             tuple(_with_places(layer, count) for layer in x) for x in (self.keys, self.values)
         )
-        # What is there already stands in the first place of each slot.
-        writer = jnp.zeros((rows.size, self.length), jnp.int32)
         start = _rows(self.start, rows, 0)
+        # What is there already stands in the first place of each slot.
+        writer = jnp.broadcast_to(0 * start[:, None], (rows.size, self.length))
         return dataclasses.replace(self, keys=keys, values=values, start=start, writer=writer)
 
     def reorder(self, rows: Int[Array, " R"]) -> "Cache":
         """`take` where rows change places only with rows that share their source and slots."""
         start = _rows(self.start, rows, 0)
         if self.writer is not None:
+            assert rows.shape == self.start.shape
             return dataclasses.replace(self, writer=_rows(self.writer, rows, 0), start=start)
         return dataclasses.replace(
             self,
@@ -185,7 +190,7 @@ class Cache:
         assert self.writer is not None
         return self.keys[0].shape[1] // self.writer.shape[1]
 
-    def _own(self, layer: Float[Array, "RK S_W H"]) -> Float[Array, "B S K H"]:
+    def _own(self, layer: Float[Array, "CK SW H"]) -> Float[Array, "B S K H"]:
         """What each row has of a layer whose slots are shared."""
         assert self.writer is not None
         rows, slots = self.writer.shape
@@ -205,7 +210,7 @@ class Cache:
             old, width = stored[layer], 1 if self.writer is None else self._width
             # In the shape that products read: XLA would take a reshape of the cache into the
             # write, which is then no longer in place.
-            new = rearrange(new, "(R W) T K H -> (R K) (T W) H", W=width).astype(old.dtype)
+            new = rearrange(new, "(C W) T K H -> (C K) (T W) H", W=width).astype(old.dtype)
             written = jax.lax.dynamic_update_slice(old, new, (0, self.index * width, 0))
             return (*stored[:layer], written, *stored[layer + 1 :])
         place = (layer, 0, self.index, 0, 0)
@@ -216,10 +221,10 @@ def _flat(layer: Float[Array, "B S K H"]) -> Float[Array, "BK S H"]:
     return jnp.swapaxes(layer, 1, 2).reshape(-1, layer.shape[1], layer.shape[3])
 
 
-def _with_places(layer: Float[Array, "RK S H"], count: int) -> Float[Array, "RK S_W H"]:
+def _with_places(layer: Float[Array, "CK S H"], count: int) -> Float[Array, "CK SW H"]:
     """A layer with `count` places a slot, of which the first holds what it had."""
     places = jnp.pad(layer[:, :, None], ((0, 0), (0, 0), (0, count - 1), (0, 0)))
-    return rearrange(places, "P S W H -> P (S W) H")
+    return rearrange(places, "CK S W H -> CK (S W) H")
 
 
 def _by_rows(layer: Float[Array, "BK S H"], rows: int) -> Float[Array, "B K S H"]:

@@ -59,6 +59,7 @@ class TestUnrolled:
         assert_same(unrolled.read_source(0), cache.read_source(0))
         rows = jnp.array([2, 0])
         assert_same(stacked(unrolled.take(rows)), cache.take(rows))
+        assert unrolled.unrolled() is unrolled
 
     @pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
     def test_steps_are_those_of_the_stack(self, kind):
@@ -139,6 +140,19 @@ class TestSharedSlots:
         rows = jnp.array([7, 0, 4, 4])
         assert_same(stacked(shared.take(rows)), own.take(rows))
 
+    def test_repeated_again_are_rows_with_slots_of_their_own_repeated(self):
+        own, shared = self.alike()
+        rows = next(self.turns())
+        own, shared = own.reorder(rows).repeat(2), shared.reorder(rows).repeat(2)
+        assert_same(shared.read(1), own.read(1))
+        np.testing.assert_array_equal(shared.start, own.start)
+
+    def test_more_beams_than_pay_have_slots_of_their_own(self):
+        assert filled().unrolled().repeat(16).writer is not None
+        many = filled().unrolled().repeat(17)
+        assert many.writer is None
+        assert_same(many.read(0), filled().repeat(17).read(0))
+
     def test_reordering_moves_neither_keys_nor_values(self):
         _, shared = self.alike()
         reordered = shared.reorder(next(self.turns()))
@@ -177,6 +191,27 @@ class TestSharedSlots:
             shared = shared.reorder(rows)
             found, shared = apply(params, fed, shared, blocks=blocks, method="extend")
             np.testing.assert_allclose(found, logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [{}, {"position": "alibi"}, {"kind": "encoder_decoder"}], ids=str)
+def test_a_step_of_beams_gathers_no_keys(model):
+    config = dataclasses.replace(TINY, max_length=64, **model)
+    apply, params = jaxformer.pure(jaxformer.models.build(config, vocabulary=11))
+    if config.kind == "decoder":
+        cache = apply(params, 64, jnp.zeros(2, jnp.int32), method="init_cache")
+    else:
+        source = jnp.array([[5, 6, 7], [5, 6, 0]])
+        cache = apply(params, source, (source > 0).astype(int), 64, method="init_cache")
+    blocks = apply(params, method="unrolled")
+    cache = cache.unrolled().repeat(2)
+
+    def step(tokens, rows, cache):
+        cache = cache.reorder(rows)
+        return apply(params, tokens, cache, blocks=blocks, method="extend")
+
+    jaxpr = jax.make_jaxpr(step)(jnp.ones((4, 1), jnp.int32), jnp.arange(4), cache)
+    # The embedding of a token, and who wrote what.
+    assert largest_cut(jaxpr.jaxpr) <= 4 * 64
 
 
 def loops(jaxpr):

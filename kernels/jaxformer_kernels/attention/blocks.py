@@ -5,12 +5,11 @@ logits is [B, K, G, T', S'] for T' of the queries and S' of the keys.
 """
 
 import dataclasses
-import re
 
 import jax.numpy as jnp
 from jax import lax
 
-from jaxformer_kernels import dispatch
+from jaxformer_kernels import dispatch, products
 from jaxformer_kernels.attention import dropout as dropout_lib
 
 
@@ -56,16 +55,7 @@ def _rows(x):
 
 
 def _product(matrices, a, b):
-    """Products of matrices, the last two axes of a and b [B, K, ...], accumulated wide."""
-    left, right, out = re.split(",|->", matrices)
-    batch, operands = "bk", (a, b)
-    if dispatch.platform() == "cpu":
-        # XLA on CPU converts bfloat16 to float32 for an operand that is a transposed array, and is
-        # two to five times as slow; for a reshaped one it does not.
-        batch, operands = "g", (x.reshape(-1, *x.shape[2:]) for x in (a, b))
-    equation = f"{batch}{left},{batch}{right}->{batch}{out}"
-    product = jnp.einsum(equation, *operands, preferred_element_type=wide(b.dtype))
-    return product.reshape(*a.shape[:2], *product.shape[-2:])
+    return products.by_heads(matrices, a, b, wide(b.dtype))
 
 
 def cut(x, axis, start, size):

@@ -7,7 +7,7 @@ row sees to the last: what a cache has room for beyond its rows' lengths costs n
 import jax.numpy as jnp
 from jax import lax
 
-from jaxformer_kernels import _compat, dispatch
+from jaxformer_kernels import _compat, dispatch, products
 from jaxformer_kernels.decode_attention import span
 from jaxformer_kernels.decode_attention.call import FEATURES
 
@@ -41,7 +41,7 @@ def xla(q, k, v, lengths, starts, page_table, sinks, options):
 
     def step(block, carry):
         top, total, out = carry
-        x = options.scale * _product("krh,ksh->krs", rows, read_keys(block), wide)
+        x = options.scale * products.by_heads("rh,sh->rs", rows, read_keys(block), wide)
         if options.softcap is not None:
             x = options.softcap * jnp.tanh(x / options.softcap)
         s = _positions(block, size, S, page_table is not None)
@@ -52,7 +52,7 @@ def xla(q, k, v, lengths, starts, page_table, sinks, options):
         p = jnp.exp(x - finite)
         fade = jnp.exp(top - finite)
         total = total * fade + jnp.sum(p, axis=-1, keepdims=True)
-        mixed = _product("krs,ksh->krh", p.astype(v.dtype), read_values(block), wide)
+        mixed = products.by_heads("rs,sh->rh", p.astype(v.dtype), read_values(block), wide)
         return new_top, total, out * fade + mixed
 
     first, end = span.blocks(lengths, starts, T, options.left, S, size)
@@ -72,15 +72,6 @@ def xla(q, k, v, lengths, starts, page_table, sinks, options):
     out = (out / safe).reshape(B, N, T, Hv)
     out, lse = span.with_sinks(out, lse.reshape(B, N, T), sinks)
     return jnp.swapaxes(out, 1, 2), lse
-
-
-def _product(equation, a, b, dtype):
-    """The product of a, [B, K, rows, _], and b, [B, K, _, _], for every head of every row."""
-    B, K = a.shape[:2]
-    # Over one axis of heads: that is how a cache lies in memory whose heads stand first.
-    a, b = (x.reshape(B * K, *x.shape[2:]) for x in (a, b))
-    out = jnp.einsum(equation, a, b, preferred_element_type=dtype)
-    return out.reshape(B, K, *out.shape[1:])
 
 
 def _positions(block, size, S, paged):
