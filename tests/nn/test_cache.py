@@ -229,8 +229,10 @@ def largest_cut(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("slice", "split", "dynamic_slice", "gather"):
             sizes = [out.aval.size for out in equation.outvars]
+            # A slice may be the whole array, of which no copy is made; a gather always copies.
             whole = equation.invars[0].aval.size
-            largest = max(largest, *(size if size < whole else 0 for size in sizes))
+            cut = equation.primitive.name == "gather"
+            largest = max(largest, *(size if cut or size < whole else 0 for size in sizes))
         for inner in jaxprs_in_params(equation.params):
             largest = max(largest, largest_cut(inner))
     return largest
