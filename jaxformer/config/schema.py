@@ -150,7 +150,7 @@ class ModelConfig:
     scan: bool = True
     """Scan over the layers (compile time flat in depth); False unrolls. Same parameters."""
     remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
-    """What the backward pass recomputes: full keeps only each layer's input."""
+    """What the backward pass recomputes: full keeps only each layer's input. A CPU then scans."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which parameters are stored."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"

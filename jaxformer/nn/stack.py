@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxformer_kernels import dispatch
+
 Carry = TypeVar("Carry")
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -38,8 +40,11 @@ def run_layers(
 
     `per_layer` is a pytree whose leaves have a leading axis L; `item` is its slice. Scanning keeps
     compile time flat in depth; unrolling is faster for small models. `remat` names what the
-    backward pass may keep: see REMAT_POLICIES.
+    backward pass may keep: see REMAT_POLICIES. With it, a CPU always scans.
     """
+    # Outside a loop, XLA on a CPU sees through the barriers of `jax.checkpoint`: it finds what is
+    # computed again to be what it had, and keeps that after all.
+    scan = scan or (remat != "none" and dispatch.platform() == "cpu")
     if remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
     if scan:

@@ -110,3 +110,17 @@ def test_layers_run_in_order_each_with_its_item():
             scan=scan,
         )
         np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize(("remat", "most"), [("full", 0.5), ("dots", 0.8)])
+def test_what_is_computed_again_takes_no_memory_before(scan, remat, most):
+    def temporaries(remat):
+        options = {"scan": scan, "remat": remat, "max_length": 128}
+        config = ModelConfig(kind="decoder", layers=8, width=32, heads=2, **options)
+        apply, params = pure(build(config, vocabulary=VOCABULARY))
+        tokens = jnp.zeros((4, 128), jnp.int32)
+        compiled = jax.jit(jax.grad(lambda params: apply(params, tokens).sum())).lower(params)
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(remat) < most * temporaries("none")
