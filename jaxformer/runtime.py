@@ -68,7 +68,7 @@ def keep_compiled() -> Path | None:
 
 
 def keep_memory() -> bool:
-    """Lets memory that was freed stay with this process, for the next step to use.
+    """Lets memory that was freed stay with this process, in large pages, for the next step to use.
 
     To be called before jax's first computation, which starts threads with heaps of their own. The
     process then holds on to the most it ever needed at once. Returns whether it was done: only with

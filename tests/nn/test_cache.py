@@ -191,6 +191,10 @@ class TestSharedSlots:
             shared = shared.reorder(rows)
             found, shared = apply(params, fed, shared, blocks=blocks, method="extend")
             np.testing.assert_allclose(found, logits, atol=1e-5)
+        several = jnp.array([[4, 5], [6, 7], [8, 9], [4, 6]])
+        logits, _ = apply(params, several, own, method="extend")
+        found, _ = apply(params, several, shared, blocks=blocks, method="extend")
+        np.testing.assert_allclose(found, logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("model", [{}, {"position": "alibi"}, {"kind": "encoder_decoder"}], ids=str)
