@@ -163,10 +163,10 @@ class TestSharedSlots:
     @pytest.mark.parametrize(
         "model",
         [
-            {},
-            {"window": 3},
-            {"position": "rotary", "attention_softcap": 5.0},
-            {"position": "alibi"},
+            {"kind": "decoder"},
+            {"kind": "decoder", "window": 3},
+            {"kind": "decoder", "position": "rotary", "attention_softcap": 5.0},
+            {"kind": "decoder", "position": "alibi"},
             {"kind": "encoder_decoder"},
         ],
         ids=str,
@@ -197,7 +197,11 @@ class TestSharedSlots:
         np.testing.assert_allclose(found, logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", [{}, {"position": "alibi"}, {"kind": "encoder_decoder"}], ids=str)
+@pytest.mark.parametrize(
+    "model",
+    [{"kind": "decoder"}, {"kind": "decoder", "position": "alibi"}, {"kind": "encoder_decoder"}],
+    ids=str,
+)
 def test_a_step_of_beams_gathers_no_keys(model):
     config = dataclasses.replace(TINY, max_length=64, **model)
     apply, params = jaxformer.pure(jaxformer.models.build(config, vocabulary=11))
