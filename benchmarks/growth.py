@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks import measure, train_contenders, train_shapes
 from benchmarks.train_shapes import SHAPES, Shape
+from jaxformer.runtime import keep_memory
 from jaxformer.training.flops import training_flops
 
 AXES = ("length", "width", "depth", "batch")
@@ -120,6 +121,7 @@ def fits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def run(axes: Sequence[str], *, small: bool, output: Path) -> int:
     """Measures, prints, writes the record and its picture. Returns the exit status."""
+    keep_memory()
     rows = []
     for axis in AXES if "all" in axes else axes:
         rows += measured(axis, tiny=small)
