@@ -4,7 +4,7 @@
 moment; `--op attention --shape llama2-7b --scale 1` runs one as it is. Everyone who can make a
 call takes turns: our implementations, jax.nn, tokamax, optax and, in a process of its own, torch;
 what is not installed is left out. `--lengths 256 512 1024` runs attention at these lengths and
-draws throughput and memory against length.
+draws throughput and memory against length. Freed memory stays with the process, as in `train.py`.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from benchmarks import ctc_behaviours, kernel_calls, kernel_race, kernel_shapes,
 from benchmarks.kernel_competitors import TORCH, installed
 from benchmarks.kernel_race import BACKWARD, FORWARD
 from benchmarks.kernel_shapes import SHAPES, UnknownName, nearest
+from jaxformer.runtime import keep_memory
 
 DEFAULT = {
     "attention": ("characters", "subwords", "llama2_7b"),
@@ -68,6 +69,7 @@ class Case:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write and draw."""
     parser, options = parse(arguments)
+    keep_memory()
     try:
         cases = in_breadth(chosen(options))
         contenders = wanted(options, {case.op for case in cases})

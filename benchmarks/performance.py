@@ -18,7 +18,8 @@ from benchmarks.report import Record
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 Row = Mapping[str, Any]
 
-# Part of a record -> heading -> key of a row, in the order of the columns.
+# Part of a record -> heading -> key of a row, in the order of the columns; without any, its plots
+# say it all.
 TABLES: dict[str, dict[str, str]] = {
     "train": {
         "shape": "shape",
@@ -37,7 +38,7 @@ TABLES: dict[str, dict[str, str]] = {
         "size": "size",
         "ms a step": "ms",
         "tokens/s": "tokens_per_s",
-        "temporaries, MiB": "temporaries_mib",
+        "temporaries, MiB": "temporary_mib",
     },
     "decode": {
         "implementation": "implementation",
@@ -63,6 +64,7 @@ TABLES: dict[str, dict[str, str]] = {
         "error": "error",
         "plain error": "plain_error",
     },
+    "kernels_lengths": {},
     "data": {
         "what": "part",
         "data": "pipeline",
@@ -104,7 +106,8 @@ def filled(page: str, records: Sequence[Record], folder: str) -> str:
         found = next((record for record in records if record.part == part), None)
         if found is None:
             continue
-        pieces = [table(found, columns), made_by(found)]
+        pieces = [table(found, columns)] if columns else []
+        pieces += [made_by(found)]
         pieces += [f"![{found.title}]({folder}/{plot.name})" for plot in found.plots]
         text = "\n\n".join(pieces)
         pattern = rf"(<!-- {part} -->\n).*?(<!-- end -->)"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import performance
+from benchmarks import measure, performance, report
 
 PAGE = """# Performance
 
@@ -15,6 +15,8 @@ old
 Prose after.
 <!-- decode -->
 kept
+<!-- end -->
+<!-- kernels_lengths -->
 <!-- end -->
 """
 
@@ -42,8 +44,9 @@ def folder(tmp_path):
                 {"shape": "small", "contender": "torch", "ours_to_this": 0.5},
             ],
         }
-        (results / f"{date}_train_cpu.json").write_text(json.dumps(record))
-        (results / f"{date}_train_cpu.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        for part in ("train_cpu", "kernels_lengths_cpu"):
+            (results / f"{date}_{part}.json").write_text(json.dumps(record))
+            (results / f"{date}_{part}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     return tmp_path
 
 
@@ -72,6 +75,22 @@ def test_prose_and_tables_without_a_record_stay_and_a_second_run_changes_nothing
 def test_plots_lie_beside_the_page_that_shows_them(folder):
     assert "](performance/2026-01-02_train_cpu.png)" in run(folder)
     assert (folder / "performance" / "2026-01-02_train_cpu.png").exists()
+
+
+def test_a_part_of_many_rows_is_shown_by_its_plot_alone(folder):
+    page = run(folder)
+    shown = page[page.index("<!-- kernels_lengths -->") :]
+    assert "](performance/2026-01-02_kernels_lengths_cpu.png)" in shown
+    assert "Abacus" in shown
+    assert "|" not in shown
+
+
+@pytest.mark.parametrize("part", [part for part, columns in performance.TABLES.items() if columns])
+def test_every_column_is_of_a_key_that_the_newest_record_has(part):
+    records = report.read_folder(measure.RESULTS)
+    rows = next(record.rows for record in records if record.part == part)
+    missing = {key for key in performance.TABLES[part].values() if all(key not in r for r in rows)}
+    assert not missing
 
 
 def test_missing_page_is_one_line_that_names_it(folder):

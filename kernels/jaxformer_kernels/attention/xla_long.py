@@ -8,17 +8,22 @@ to their gradient. Blocks hidden by the mask at either end of a loop are not vis
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxformer_kernels import _compat
+from jaxformer_kernels import _compat, dispatch
 from jaxformer_kernels.attention import blocks, schedule
 from jaxformer_kernels.attention.blocks import collect, mix, scores
 
-ROWS = 256
-COLUMNS = 256
+# At most so many queries and keys are in a block: the larger sizes on a CPU, where XLA computes a
+# product whose matrices are no larger than 256 x 256 on one core, however many of them there are.
+ROWS = COLUMNS = 512
+_SMALLER = 256
+_FEW_LOGITS = 8 * 512 * 512
+_MANY_BLOCKS = 4
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -28,11 +33,11 @@ def attend(options, q, k, v, bias, sinks, mask, seed):
 
 
 def _forward(options, q, k, v, bias, sinks, mask, seed):
-    T, S = q.shape[3], k.shape[2]
+    T = q.shape[3]
     qs, ks, vs, padded_bias, padded_mask = _blocked(q, k, v, bias, mask)
-    first, stop = _visits(_possible(mask, T, S))
+    first, stop = _visits(_possible(mask, q, k))
     wide = blocks.wide(q.dtype)
-    rows, columns = _sizes(T, S)
+    rows, columns = _sizes(q, k)
 
     def query_block(_, inputs):
         i, qb = inputs
@@ -80,14 +85,14 @@ def backward(options, residuals, gradients):
     q, k, v, bias, sinks, mask, seed, out, lse = residuals
     out_gradient, lse_gradient = gradients
     T, S = q.shape[3], k.shape[2]
-    rows, columns = _sizes(T, S)
+    rows, columns = _sizes(q, k)
     wide = lse.dtype
     delta = blocks.delta(out, out_gradient, lse, lse_gradient)
     qs, ks, vs, padded_bias, padded_mask = _blocked(q, k, v, bias, mask)
     douts, deltas = _split(out_gradient, 3, rows), _split(delta, 3, rows)
     # exp(x - inf) is 0 for every finite x: rows that see nothing have no probabilities.
     lses = _split(jnp.where(lse == -jnp.inf, jnp.inf, lse)[..., None], 3, rows)
-    first, stop = _visits(_possible(mask, T, S).T)
+    first, stop = _visits(_possible(mask, q, k).T)
 
     def key_block(state, inputs):
         j, kb, vb = inputs
@@ -145,15 +150,30 @@ def backward(options, residuals, gradients):
 attend.defvjp(_forward, backward)
 
 
-def _sizes(T, S):
-    """(queries, keys) in a block."""
-    return min(ROWS, T), min(COLUMNS, S)
+def _sizes(q, k):
+    """(queries, keys) in a block: as equal as the lengths allow, so that little is padded."""
+    T, S = q.shape[3], k.shape[2]
+    rows, columns = ROWS, COLUMNS
+    on_cpu = dispatch.platform() == "cpu"
+    few = math.prod(q.shape[:3]) * rows * columns <= _FEW_LOGITS
+    # The logits of many heads leave the caches, and of few large blocks a mask hides none. Narrow
+    # products are fast enough on one core.
+    if not on_cpu or not few or _MANY_BLOCKS * columns > S:
+        columns = min(columns, _SMALLER)
+    if not on_cpu or not (few or q.dtype.itemsize >= 4):
+        rows = min(rows, _SMALLER)
+    return _equal(T, rows), _equal(S, columns)
+
+
+def _equal(length, most):
+    """The size of the fewest equal parts of `length` that have at most `most` each."""
+    return -(-length // -(-length // most))
 
 
 def _blocked(q, k, v, bias, mask):
     """The operands padded to whole blocks; q, k and v with the blocks as their first axis."""
     T, S = q.shape[3], k.shape[2]
-    rows, columns = _sizes(T, S)
+    rows, columns = _sizes(q, k)
     bias = _pad(_pad(bias, 3, rows, T), 4, columns, S)
     qs, ks, vs = _split(q, 3, rows), _split(k, 2, columns), _split(v, 2, columns)
     return qs, ks, vs, bias, mask.pad(-T % rows, -S % columns, S)
@@ -189,12 +209,12 @@ def _add_at(x, i, addend):
     return lax.dynamic_update_index_in_dim(x, _at(x, i) + addend, i, 0)
 
 
-def _possible(mask, T, S):
+def _possible(mask, q, k):
     """Table [blocks of queries, blocks of keys]: False where no row of the batch sees anything.
 
     A numpy array where the mask's static fields settle it.
     """
-    code = schedule.classify(mask, T, S, *_sizes(T, S))
+    code = schedule.classify(mask, q.shape[3], k.shape[2], *_sizes(q, k))
     return (code != schedule.EMPTY).any(axis=0)
 
 

@@ -15,8 +15,11 @@ from jax import lax
 from jaxformer_kernels.attention import blocks
 from jaxformer_kernels.attention.blocks import collect, mix, scores
 
-_MAX_GROUPS = 4
-_MIN_ROWS = 128
+# Groups of queries: two, and up to four where each still has many rows. XLA on a CPU computes a
+# small product on one core, and those of several groups at once.
+_GROUPS = 2, 4
+_MANY_ROWS = 128
+_MIN_ROWS = 32
 _WORTHWHILE = 0.8
 
 
@@ -105,7 +108,8 @@ attend.defvjp(_forward, _backward)
 def _groups(T, S, mask):
     """[((first query, how many), (first key, how many))], leaving out keys hidden from them all."""
     everything = [((0, T), (0, S))]
-    rows = max(_MIN_ROWS, -(-T // _MAX_GROUPS))
+    few, many = (-(-T // groups) for groups in _GROUPS)
+    rows = max(_MIN_ROWS, min(few, _MANY_ROWS), many)
     left, right = mask.bounds
     if not isinstance(mask.q_offset, int) or rows >= T or (left is None and right is None):
         return everything

@@ -12,13 +12,20 @@ from jaxformer_kernels.attention import mosaic_tpu_tiles, xla, xla_long, xla_sho
 REGIMES = {
     "reference": ("reference", {}),
     "xla_one_pass": ("xla", {(xla_short, "_MIN_ROWS"): 128}),
-    "xla_grouped_rows": ("xla", {(xla_short, "_MIN_ROWS"): 3, (xla_short, "_WORTHWHILE"): 2.0}),
+    "xla_grouped_rows": (
+        "xla",
+        {
+            (xla_short, "_MIN_ROWS"): 3,
+            (xla_short, "_MANY_ROWS"): 3,
+            (xla_short, "_WORTHWHILE"): 2.0,
+        },
+    ),
     "xla_blocked": (
         "xla",
         {
             (xla, "_SHORT_LOGITS"): 0,
             (xla, "_FEW_ROWS"): 0,
-            (xla_long, "ROWS"): 4,
+            (xla_long, "ROWS"): 5,
             (xla_long, "COLUMNS"): 5,
         },
     ),

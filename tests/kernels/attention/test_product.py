@@ -25,7 +25,7 @@ import pytest
 from jaxformer_kernels import Dropout, Mask, _compat, attention, compiling_for, interpreting
 from jaxformer_kernels.attention import api, dropout, xla, xla_long, xla_short
 
-B, T, S, N, K, H, HV = 2, 5, 6, 4, 2, 4, 3
+B, T, S, N, K, H, HV = 2, 5, 7, 4, 2, 4, 3
 
 MASKING = ("causal", "window", "segments", "kv_range", "mask_array")
 OFFSETS = (None, "q_offset", "traced_q_offset")
@@ -37,7 +37,11 @@ def subsets(names):
 
 
 # Both in blocks so small that there are several, the last of them ragged.
-SHORT = {(xla_short, "_MIN_ROWS"): 2, (xla_short, "_WORTHWHILE"): 2.0}
+SHORT = {
+    (xla_short, "_MIN_ROWS"): 2,
+    (xla_short, "_MANY_ROWS"): 2,
+    (xla_short, "_WORTHWHILE"): 2.0,
+}
 BLOCKED = {
     (xla, "_SHORT_LOGITS"): 0,
     (xla, "_FEW_ROWS"): 0,
@@ -61,7 +65,7 @@ def masks():
             "q_segment_ids": jnp.asarray(np.sort(rng.randint(0, 3, (B, T)))),
             "kv_segment_ids": jnp.asarray(np.sort(rng.randint(0, 3, (B, S)))),
         },
-        "kv_range": {"kv_start": jnp.array([0, 2]), "kv_end": jnp.array([4, 6])},
+        "kv_range": {"kv_start": jnp.array([0, 2]), "kv_end": jnp.array([4, 7])},
         "mask_array": {"array": jnp.asarray(rng.rand(B, 1, T, S) < 0.7)},
         "q_offset": {"q_offset": 2},
         "traced_q_offset": {"q_offset": jnp.array([3, -1])},

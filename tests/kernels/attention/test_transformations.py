@@ -214,5 +214,6 @@ def test_memory_of_long_sequences_grows_with_the_length_not_its_square(with_drop
 def test_blocks_that_nobody_sees_are_not_visited(monkeypatch, mask, fewer):
     monkeypatch.setattr(xla_long, "ROWS", 4)
     monkeypatch.setattr(xla_long, "COLUMNS", 4)
-    first, stop = xla_long._visits(xla_long._possible(mask, 16, 16))
+    q, k = jnp.zeros((1, 1, 1, 16, 2)), jnp.zeros((1, 1, 16, 2))
+    first, stop = xla_long._visits(xla_long._possible(mask, q, k))
     assert list(zip(first.tolist(), stop.tolist(), strict=True)) == fewer

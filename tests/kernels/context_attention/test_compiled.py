@@ -116,7 +116,7 @@ def test_work_does_not_wait_for_what_is_on_its_way():
 def programs():
     compiled = {}
     for C in (1, 2, 4, 8):
-        function, arguments = passes(C, "zigzag", 8192, H=64)
+        function, arguments = passes(C, "zigzag", 32768, H=64)
         compiled[C] = jax.jit(function).lower(*arguments).compile()
     return compiled
 

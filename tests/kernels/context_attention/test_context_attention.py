@@ -102,7 +102,7 @@ def test_blocks_of_either_kind_of_backward_pass(implementation, monkeypatch):
         (xla, "_SHORT_LOGITS", 0),
         (xla, "_FEW_ROWS", 0),
         (xla_long, "ROWS", 3),
-        (xla_long, "COLUMNS", 5),
+        (xla_long, "COLUMNS", 6),
     ):
         monkeypatch.setattr(module, name, value)
     check(split(2, implementation=implementation), "everything")
