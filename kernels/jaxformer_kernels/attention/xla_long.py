@@ -18,7 +18,7 @@ from jaxformer_kernels import _compat, dispatch
 from jaxformer_kernels.attention import blocks, schedule
 from jaxformer_kernels.attention.blocks import collect, mix, scores
 
-# At most so many queries and keys are in a block: the larger sizes on a CPU. There XLA (of jax 0.10)
+# At most so many queries and keys are in a block: the larger sizes on a CPU. There jax 0.10's XLA
 # computes a product whose matrices are no larger than 256 x 256 on one core, however many they are;
 # jax 0.12's divides them, and gains a little from larger blocks still.
 ROWS = COLUMNS = 512
