@@ -87,8 +87,15 @@ def test_a_part_of_many_rows_is_shown_by_its_plot_alone(folder):
 
 @pytest.mark.parametrize("part", [part for part, columns in performance.TABLES.items() if columns])
 def test_every_column_is_of_a_key_that_the_newest_record_has(part):
-    records = report.read_folder(measure.RESULTS)
-    rows = next(record.rows for record in records if record.part == part)
+    # Without competitors, columns that compare us with them are missing.
+    records = [
+        record
+        for record in report.read_folder(measure.RESULTS)
+        if record.part == part and "torch" in record.facts.get("versions", {})
+    ]
+    if not records:
+        pytest.skip(f"no record of {part} beside torch in {measure.RESULTS}")
+    rows = records[0].rows
     missing = {key for key in performance.TABLES[part].values() if all(key not in r for r in rows)}
     assert not missing
 
